@@ -1,0 +1,75 @@
+"""What every test file uses: both scripts as modules, small learnable data, a network narrow enough for a CPU."""
+import importlib
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+SCRIPTS = ('airbench94_baseline', 'airbench94_modified')
+sys.path.insert(0, str(ROOT))
+
+# A run of a second or two: 4 steps per epoch on the 256 images of `data`.
+NARROW = {'net.widths.block1': 8, 'net.widths.block2': 8, 'net.widths.block3': 8,
+          'opt.batch_size': 64, 'opt.train_epochs': 2.0}
+NARROW_ARGS = ['--device', 'cpu', '--hyp', *(f'{key}={value}' for key, value in NARROW.items())]
+
+
+@pytest.fixture(params=SCRIPTS)
+def script(request):
+    """Each of the two scripts, as a module."""
+    return importlib.import_module(request.param)
+
+
+@pytest.fixture(scope='session')
+def baseline():
+    return importlib.import_module('airbench94_baseline')
+
+
+@pytest.fixture(scope='session')
+def modified():
+    return importlib.import_module('airbench94_modified')
+
+
+@pytest.fixture
+def narrow(script):
+    """Each script with NARROW in its hyp for the length of a test."""
+    with script.overrides(NARROW):
+        yield script
+
+
+@pytest.fixture(scope='session')
+def data(baseline):
+    """The dict of `load_data` with 256 training and 100 test images, on the CPU."""
+    return baseline.synthetic_data('cpu', train=256, test=100)
+
+
+@pytest.fixture(scope='session')
+def data_dir(data, tmp_path_factory):
+    """A directory with the train.pt and test.pt of `data`."""
+    folder = tmp_path_factory.mktemp('data')
+    for split, content in data.items():
+        torch.save(content, folder / f'{split}.pt')
+    return folder
+
+
+def command(name, *args):
+    """The command line of a script, for subprocess."""
+    return [sys.executable, str(ROOT / f'{name}.py'), *map(str, args)]
+
+
+def environment(**variables):
+    """The environment of a subprocess: one thread, so that results repeat and tests can share a machine."""
+    return {**os.environ, 'OMP_NUM_THREADS': '1', 'PYTHONUNBUFFERED': '1', **variables}
+
+
+@pytest.fixture
+def run(tmp_path):
+    """run(name, *args, **variables): a script's command line in an empty folder; returns the finished process."""
+    def run(name, *args, **variables):
+        return subprocess.run(command(name, *args), cwd=tmp_path, env=environment(**variables),
+                              stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=300)
+    return run
