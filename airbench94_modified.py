@@ -205,7 +205,8 @@ def make_net(device: torch.device | str = 'cpu') -> nn.Sequential:
 def init_whitening_conv(layer: nn.Conv2d, train_images: torch.Tensor, eps: float = 5e-4):
     """Set weight [24, 3, 2, 2] to whiten the 2x2 patches of images [N, 3, H, W]: eigenvectors of their second
     moment by falling eigenvalue, over sqrt(eigenvalue + eps), and the negatives. Source: arXiv:2404.00498."""
-    patches = F.unfold(train_images.float(), layer.kernel_size).transpose(0, 1).flatten(1)
+    patches = train_images.float().unfold(2, 2, 1).unfold(3, 2, 1)  # a view: [N, 3, H - 1, W - 1, 2, 2]
+    patches = patches.permute(1, 4, 5, 0, 2, 3).flatten(3).flatten(0, 2)
     eigenvalues, eigenvectors = torch.linalg.eigh(patches @ patches.T / patches.shape[1])
     filters = (eigenvectors / (eigenvalues + eps).sqrt()).T.flip(0).reshape(-1, *layer.weight.shape[1:])
     layer.weight.copy_(torch.cat((filters, -filters)))
@@ -478,7 +479,7 @@ def explained(error: Exception, args: argparse.Namespace | None) -> str | None:
     """One line on an error that the user can mend. args: the command line, None if the error is in it."""
     if isinstance(error, (MemoryError, torch.cuda.OutOfMemoryError)) or 'allocate memory' in str(error):
         device, kilobytes = pick_device(args.device), re.findall(r'MemAvailable:\s*(\d+)', proc('meminfo'))
-        free = torch.cuda.mem_get_info(device)[0] if device.type == 'cuda' else 1024 * float(kilobytes[0])
+        free = torch.cuda.mem_get_info(device.index)[0] if device.type == 'cuda' else 1024 * float(kilobytes[0])
         error = UserError(f'out of memory on {device} with batch size {args.batch_size}: {free / 2**30:.2f} '
                           'GiB are free; try a smaller one, --hyp opt.batch_size=512')
     elif args and args.compile and not args.begun:

@@ -1,4 +1,4 @@
-"""What every test file uses: both scripts as modules, small learnable data, a network narrow enough for a CPU."""
+"""What every test file uses: both scripts as modules, small data, a network narrow enough for a CPU."""
 import importlib
 import os
 import subprocess
@@ -68,7 +68,7 @@ def environment(**variables):
 
 @pytest.fixture
 def run(tmp_path):
-    """run(name, *args, **variables): a script's command line in an empty folder; returns the finished process."""
+    """run(name, *args, **variables): a script's command line in an empty folder, as a finished process."""
     def run(name, *args, **variables):
         return subprocess.run(command(name, *args), cwd=tmp_path, env=environment(**variables),
                               stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=300)

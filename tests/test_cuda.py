@@ -1,0 +1,93 @@
+"""What only a GPU shows: half precision, memory format, no synchronization in a span, --compile, memory."""
+import contextlib
+
+import pytest
+import torch
+
+from conftest import NARROW
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a CUDA device')
+
+
+@pytest.fixture(scope='module')
+def gpu_data(baseline):
+    """32,768 images, as torch.randperm draws fewer than 30,000 numbers on the host."""
+    return baseline.synthetic_data('cuda', train=32768, test=2500)
+
+
+@contextlib.contextmanager
+def synchronization_is_an_error():
+    torch.cuda.set_sync_debug_mode('error')
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode('default')
+
+
+def test_weights_and_images_are_half_precision_channels_last(script, gpu_data):
+    net = script.make_net('cuda')
+    for name, parameter in net.named_parameters():
+        assert parameter.dtype == (torch.float32 if 'norm' in name else torch.float16), name
+    assert net[2].conv1.weight.is_contiguous(memory_format=torch.channels_last)
+    images, labels = next(iter(script.CifarLoader(gpu_data, batch_size=64, aug=script.hyp['aug'])))
+    assert images.dtype == torch.float16 and images.is_contiguous(memory_format=torch.channels_last)
+    assert labels.dtype == torch.int64 and labels.is_cuda
+
+
+def test_a_seed_gives_the_same_weights_and_batches(script, gpu_data):
+    def first_batch():
+        torch.manual_seed(3)
+        net = script.make_net('cuda')
+        return net[2].conv1.weight, next(iter(script.CifarLoader(gpu_data, aug=script.hyp['aug'])))[0]
+
+    (weight, batch), (same_weight, same_batch) = first_batch(), first_batch()
+    assert torch.equal(weight, same_weight) and torch.equal(batch, same_batch)
+    torch.manual_seed(3)
+    assert torch.equal(weight.cpu(), script.make_net('cpu')[2].conv1.weight.half())
+
+
+def test_both_loaders_yield_bit_identical_batches(baseline, modified, gpu_data):
+    batches = []
+    for script in (baseline, modified):
+        torch.manual_seed(5)
+        loader = script.CifarLoader(gpu_data, batch_size=500, aug=baseline.hyp['aug'])
+        batches.append([images for _ in range(2) for images, _ in loader])
+    assert all(torch.equal(one, other) for one, other in zip(*batches))
+
+
+@pytest.mark.parametrize('whiten_bias_epochs', [0, 9])
+def test_steps_of_an_epoch_do_not_synchronize(script, gpu_data, whiten_bias_epochs):
+    net = script.make_net('cuda')
+    net[0].bias.requires_grad = whiten_bias_epochs > 0
+    optimizer, lookahead = script.make_optimizer(net), script.LookaheadState(net)
+    with synchronization_is_an_error():
+        loader = script.CifarLoader(gpu_data, batch_size=1024, aug=script.hyp['aug'])
+        for images, labels in loader:
+            script.train_step(net, optimizer, images, labels, 0.2)
+            lookahead.update(0.5)
+
+
+def test_evaluation_does_not_synchronize(script, gpu_data):
+    net = script.make_net('cuda')
+    loader = script.CifarLoader(gpu_data, train=False, batch_size=2000)
+    with synchronization_is_an_error():
+        logits = script.infer(net, loader, tta_level=2)
+    assert logits.shape == (2500, 10) and logits.isfinite().all()
+
+
+@pytest.mark.parametrize('options', [[], ['--compile']])
+def test_training_learns_and_counts_its_memory(script, gpu_data, options, monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(script, 'synthetic_data', lambda device: gpu_data)
+    narrow = [f'{key}={value}' for key, value in {**NARROW, 'opt.batch_size': 512}.items()]
+    runs = script.main(['--synthetic', '--device', 'cuda', '--trials', '2', '--log-dir', str(tmp_path),
+                        *options, '--hyp', *narrow])
+    assert min(run['tta_acc'] for run in runs) > 0.3
+    assert 'peak memory' in capsys.readouterr().out
+
+
+def test_full_size_run_stays_under_4_gib(script):
+    data = script.synthetic_data('cuda')
+    torch.cuda.reset_peak_memory_stats()
+    with script.overrides({'opt.train_epochs': 1.0}):
+        script.train(data, seed=0)
+    assert torch.cuda.max_memory_allocated() < 4 * 2 ** 30

@@ -1,0 +1,254 @@
+"""One training from scratch: what it depends on, what it times, what it records, and that it learns."""
+import contextlib
+import json
+import shutil
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+from conftest import NARROW, NARROW_ARGS, ROOT, environment
+
+TIMES = ('clock_seconds', 'eval_seconds', 'wall_seconds')
+
+
+def results(record):
+    """A record without its times and the numbers of trial and run."""
+    rows = [{key: value for key, value in row.items() if key not in TIMES} for row in record['epochs']]
+    return {'seed': record['seed'], 'tta_acc': record['tta_acc'], 'epochs': rows}
+
+
+def assert_same_state(net, state):
+    assert all(torch.equal(value, state[name]) for name, value in net.state_dict().items())
+
+
+@pytest.fixture
+def idle(narrow, monkeypatch):
+    """Each script with steps that do not train: their losses are 64, 128, ..., and of the 64 predictions 16 are
+    wrong. idle.steps holds the images that the steps were given."""
+    idle = SimpleNamespace(script=narrow, steps=[])
+
+    def train_step(net, optimizer, images, labels, label_smoothing):
+        idle.steps.append(images)
+        predicted = torch.cat((labels[:48], 9 - labels[48:]))
+        predicted[48:] += predicted[48:] == labels[48:]
+        return torch.tensor(64.0 * len(idle.steps)), torch.eye(10)[predicted % 10]
+
+    monkeypatch.setattr(narrow, 'train_step', train_step)
+    return idle
+
+
+# What a run depends on
+
+@pytest.fixture
+def second(narrow, data):
+    """Record and network of seed 2, trained after seed 1 in this process."""
+    narrow.train(data, 1, 'cpu')
+    return narrow.train(data, 2, 'cpu')
+
+
+def test_the_second_run_of_a_process_is_that_run_alone_bit_for_bit(second, script, tmp_path):
+    code = f'''import torch, {script.NAME} as script
+with script.overrides({NARROW}):
+    record, net = script.train(script.synthetic_data('cpu', 256, 100), 2, 'cpu')
+torch.save((record, net.state_dict()), 'alone.pt')'''
+    threads = environment(PYTHONPATH=str(ROOT), OMP_NUM_THREADS=str(torch.get_num_threads()))
+    subprocess.run([sys.executable, '-c', code], cwd=tmp_path, env=threads, check=True, timeout=100)
+    record, state = torch.load(tmp_path / 'alone.pt')
+    assert results(second[0]) == results(record)
+    assert_same_state(second[1], state)
+
+
+def test_a_network_reset_in_place_trains_as_a_new_one(second, narrow, data):
+    net = narrow.make_net()
+    narrow.train(data, 1, 'cpu', net)
+    record, returned = narrow.train(data, 2, 'cpu', net)
+    assert returned is net and results(record) == results(second[0])
+    assert_same_state(net, second[1].state_dict())
+
+
+def test_another_seed_is_another_run(narrow, data):
+    one, two = (narrow.train(data, seed, 'cpu', quiet=True)[0] for seed in (1, 2))
+    assert one['epochs'][0]['train_loss'] != two['epochs'][0]['train_loss']
+
+
+def test_evaluating_every_epoch_does_not_change_a_run(narrow, data):
+    (quiet, net), (_, evaluated) = (narrow.train(data, 1, 'cpu', quiet=quiet) for quiet in (True, False))
+    assert_same_state(net, evaluated.state_dict())
+
+
+def test_a_run_leaves_hyp_and_data_as_they_were(narrow, data):
+    before = json.dumps(narrow.hyp), data['train']['images'].clone()
+    narrow.train(data, 1, 'cpu')
+    assert json.dumps(narrow.hyp) == before[0] and torch.equal(data['train']['images'], before[1])
+
+
+def test_runs_of_main_depend_on_seed_trial_and_run_alone(script, data_dir, tmp_path):
+    common = [*NARROW_ARGS, '--data-dir', str(data_dir), '--log-dir', str(tmp_path), '--seed', '5', '--trials', '2']
+    one, two = ({(run['trial'], run['run']): results(run) for run in script.main([*common[:], '--runs', runs])}
+                for runs in ('1', '2'))
+    assert (list(one), list(two)) == ([(1, 1), (2, 1)], [(1, 1), (1, 2), (2, 1), (2, 2)])
+    assert len({run['seed'] for run in two.values()}) == 4
+    assert one == {key: two[key] for key in one}
+
+
+def test_both_scripts_train_on_the_same_batches(baseline, modified, data, monkeypatch):
+    streams = []
+    for script in (baseline, modified):
+        stream, train_step = [], script.train_step
+        monkeypatch.setattr(script, 'train_step', lambda *args: stream.append(args[2:4]) or train_step(*args))
+        with script.overrides({**NARROW, 'opt.train_epochs': 1.5}):
+            script.train(data, 1, 'cpu', quiet=True)
+        streams.append(stream)
+    assert [len(stream) for stream in streams] == [6, 6]
+    assert all(torch.equal(a, b) for pair in zip(*streams) for a, b in zip(*pair))
+
+
+def test_whitening_takes_the_first_5000_normalized_unaugmented_images(idle, monkeypatch):
+    script, given = idle.script, []
+    monkeypatch.setattr(script, 'init_whitening_conv', lambda layer, images: given.append(images))
+    data = script.synthetic_data('cpu', train=5003, test=10)
+    with script.overrides({'opt.train_epochs': 0.001}):
+        script.train(data, 1, 'cpu', quiet=True)
+    images = script.CifarLoader(data).normalize(data['train']['images'][:5000].permute(0, 3, 1, 2) / 255)
+    assert torch.equal(given[0], images)
+
+
+def test_a_batch_size_over_the_training_set_is_an_error(narrow, data):
+    with narrow.overrides({'opt.batch_size': 257}), pytest.raises(ValueError, match='257'):
+        narrow.train(data, 1, 'cpu')
+
+
+# Clock
+
+@pytest.fixture
+def tick(idle, monkeypatch):
+    """tick(owner, name): stands the script's time still, except for one second per call of that function."""
+    seconds = [0.0]
+    monkeypatch.setattr(idle.script, 'time', SimpleNamespace(perf_counter=lambda: seconds[0]))
+
+    def tick(owner, name):
+        function = getattr(owner, name)
+
+        def slow(*args, **kwargs):
+            seconds[0] += 1
+            return function(*args, **kwargs)
+        monkeypatch.setattr(owner, name, slow)
+    return tick
+
+
+@pytest.mark.parametrize('name, clock, evaluation, wall', [
+    ('make_net', 0, 0, 1), ('make_optimizer', 0, 0, 1),
+    ('CifarLoader.__init__', 2, 0, 2), ('init_whitening_conv', 1, 0, 1), ('LookaheadState', 1, 0, 1),
+    ('train_step', 8, 0, 8), ('evaluate', 0, 2, 2), ('infer', 1, 2, 3)])
+def test_what_is_on_the_clock_of_two_epochs_of_four_steps(name, clock, evaluation, wall, idle, tick, data):
+    owner, _, method = name.rpartition('.')
+    tick(getattr(idle.script, owner) if owner else idle.script, method)
+    record, _ = idle.script.train(data, 1, 'cpu')
+    assert tuple(record[key] for key in TIMES) == (clock, evaluation, wall)
+
+
+def test_on_epoch_is_off_the_clock(idle, tick, data):
+    callbacks = SimpleNamespace(on_epoch=lambda row: None)
+    tick(callbacks, 'on_epoch')
+    record, _ = idle.script.train(data, 1, 'cpu', on_epoch=lambda row: callbacks.on_epoch(row))
+    assert tuple(record[key] for key in TIMES) == (0, 0, 1)
+
+
+def test_the_clock_of_an_epoch_is_the_runs_until_its_end(idle, tick, data):
+    tick(idle.script, 'train_step')
+    record, _ = idle.script.train(data, 1, 'cpu')
+    assert [row['clock_seconds'] for row in record['epochs']] == [4, 8]
+
+
+def test_the_clock_runs_and_within_the_wall_clock(narrow, data):
+    record, _ = narrow.train(data, 1, 'cpu')
+    assert 0 < record['clock_seconds'] and 0 < record['eval_seconds']
+    assert record['clock_seconds'] + record['eval_seconds'] <= record['wall_seconds']
+
+
+def test_test_images_are_normalized_once_per_run(idle, data, monkeypatch):
+    normalized, normalize = [], idle.script.CifarLoader.normalize
+    monkeypatch.setattr(idle.script.CifarLoader, 'normalize',
+                        lambda self, images: normalized.append(len(images)) or normalize(self, images))
+    idle.script.train(data, 1, 'cpu')
+    assert normalized.count(100) == 1
+
+
+# Record
+
+def test_record_layout(narrow, data):
+    record, net = narrow.train(data, 7, 'cpu')
+    assert set(record) == {'seed', 'epochs', 'tta_acc', *TIMES} and record['seed'] == 7
+    assert set(record['epochs'][0]) == {'epoch', 'train_loss', 'train_acc', 'test_acc', *TIMES[:2]}
+    assert isinstance(net, torch.nn.Module) and json.loads(json.dumps(record)) == record
+
+
+@pytest.mark.parametrize('epochs, rows', [(1.0, 1), (2.0, 2), (2.25, 3), (0.3, 1)])
+def test_epochs_count_from_1_and_include_the_partial_last_one(epochs, rows, idle, data):
+    with idle.script.overrides({'opt.train_epochs': epochs}):
+        record, _ = idle.script.train(data, 1, 'cpu')
+    assert [row['epoch'] for row in record['epochs']] == list(range(1, rows + 1))
+
+
+def test_loss_and_training_accuracy_are_those_of_the_epochs_last_batch(idle, data):
+    record, _ = idle.script.train(data, 1, 'cpu', quiet=True)
+    assert [(row['train_loss'], row['train_acc']) for row in record['epochs']] == [(4, 0.75), (8, 0.75)]
+
+
+@pytest.mark.parametrize('quiet', [True, False])
+def test_epochs_have_a_test_accuracy_unless_quiet(quiet, idle, data):
+    record, _ = idle.script.train(data, 1, 'cpu', quiet=quiet)
+    assert [row['test_acc'] is None for row in record['epochs']] == [quiet] * 2
+
+
+def test_the_test_accuracies_are_those_without_and_at_the_end_with_tta(narrow, data, monkeypatch):
+    levels, infer = [], narrow.infer
+    monkeypatch.setattr(narrow, 'infer', lambda net, loader, level=0: levels.append(level) or infer(net, loader, level))
+    record, net = narrow.train(data, 1, 'cpu')
+    loader = narrow.CifarLoader(data, train=False)
+    assert levels == [0, 0, 2]
+    assert (record['epochs'][-1]['test_acc'], record['tta_acc']) == tuple(narrow.evaluate(net, loader, level)
+                                                                         for level in (0, 2))
+
+
+def test_on_epoch_gets_every_row_but_the_last(idle, data):
+    rows = []
+    with idle.script.overrides({'opt.train_epochs': 2.25}):
+        record, _ = idle.script.train(data, 1, 'cpu', on_epoch=rows.append)
+    assert rows == record['epochs'][:-1] and len(rows) == 2
+
+
+# Learning
+
+def test_a_narrow_network_learns(script):
+    widths = {f'net.widths.block{i}': 16 for i in (1, 2, 3)}
+    data = script.synthetic_data('cpu', train=1024, test=200)
+    with script.overrides({**widths, 'opt.batch_size': 64, 'opt.train_epochs': 2.0}):
+        record, _ = script.train(data, 1, 'cpu', quiet=True)
+    assert record['tta_acc'] > 0.4  # chance: 0.1
+
+
+# Compilation
+
+@pytest.fixture
+def compiled(narrow, data, monkeypatch):
+    """A narrow network in float32, compiled and warmed up as main's --compile does."""
+    monkeypatch.setattr(narrow, 'cpu_has_bfloat16', lambda: False)
+    torch.compiler.reset()
+    net = narrow.make_net()
+    net.compile(dynamic=False)
+    narrow.warm_up(data, torch.device('cpu'), net, quiet=False)
+    yield net
+    torch.compiler.reset()
+
+
+@pytest.mark.skipif(not shutil.which('g++'), reason='torch.compile needs a C++ compiler on the CPU')
+def test_a_compiled_network_trains_as_an_eager_one_without_compiling_after_the_warm_up(narrow, compiled, data):
+    with narrow.overrides({'opt.train_epochs': 3.0, 'opt.whiten_bias_epochs': 2}):
+        eager, _ = narrow.train(data, 1, 'cpu')
+        with torch._dynamo.config.patch(error_on_recompile=True):
+            record, _ = narrow.train(data, 1, 'cpu', compiled)
+    losses = [[row['train_loss'] for row in run['epochs']] for run in (record, eager)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-3)
