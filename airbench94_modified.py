@@ -6,13 +6,13 @@ steps, a faster data pipeline. Baseline: K. Jordan 2024, arXiv:2404.00498.
     python airbench94_modified.py --help                         every option, with examples
 
 Or paste the whole file into one notebook cell. Needs torch, torchvision, numpy; CIFAR-10 is downloaded once.
-Read it top to bottom: data, network, optimizer, evaluation, training. What follows `train` is tooling.
-The experiment is `diff airbench94_baseline.py airbench94_modified.py`; results and their evidence: README.md.
+Read it top to bottom: what follows `train` is tooling. The experiment is the `diff` of airbench94_baseline.py
+and airbench94_modified.py; the results, and what they were measured with, are in README.md.
 """
 NAME = 'airbench94_modified'
 
-import argparse, builtins, contextlib, copy, datetime, functools, itertools, json, linecache, math, os
-import pathlib, platform, re, secrets, shutil, sys, tempfile, time
+import argparse, builtins, contextlib, datetime, functools, itertools, json, linecache, math, os
+import pathlib, platform, re, secrets, shutil, sys, tempfile, time, zipfile
 
 import numpy as np
 import torch
@@ -61,11 +61,11 @@ def batch_crop(images: torch.Tensor, size: int, offsets: torch.Tensor, index: to
 class CifarLoader:
     """Batches of normalized, augmented images and their labels, all made on the device.
 
-    path: a directory for `load_data`, or the dict it returns. train picks the split and is the default of
-    drop_last and shuffle. aug: {'flip': bool, 'translate': pixels}. Yields float16 (CUDA) or float32 images
-    [B, 3, 32, 32], channels_last, and int64 labels [B]. Draws flips, then per epoch offsets and permutation.
-    images: [N, 3, 32, 32] in [0, 1], not normalized. To select data assign new images, then new labels: the
-    next iteration takes them, or raises ValueError where their lengths differ.
+    path: directory or dict of `load_data`. train: which split, and the default of drop_last and shuffle.
+    aug: {'flip': bool, 'translate': pixels}. Yields images [B, 3, 32, 32], float16 on CUDA, else float32,
+    channels_last, and int64 labels [B]. Draws flips, then per epoch offsets and permutation. images: [N, 3,
+    32, 32] in [0, 1], not normalized. The next iteration takes newly assigned images and labels (ValueError
+    where their lengths differ).
     proc_images is filled by `__init__`; batches are gathered, cropped and mirrored straight from its 'pad'.
     """
 
@@ -123,7 +123,7 @@ class CifarLoader:
             offsets[:, 1] = 2 * pad - offsets[:, 1]
         self.epoch += 1
         order = torch.randperm(n, device=device) if self.shuffle else torch.arange(n, device=device)
-        for index in order[:len(self) * self.batch_size].split(self.batch_size):
+        for index in order.split(self.batch_size)[:len(self)]:
             yield batch_crop(images, size, offsets, index), self.labels[index]
 
 # ---------------------------------------- Network ----------------------------------------
@@ -196,9 +196,8 @@ def make_net(device: torch.device | str = 'cpu') -> nn.Sequential:
     net[0].weight.requires_grad = False
     nn.init.zeros_(net[0].bias)
     net.to(device, image_dtype(device), memory_format=torch.channels_last)
-    for module in net.modules():
-        if isinstance(module, BatchNorm):
-            module.float()
+    for norm in (module for module in net.modules() if isinstance(module, BatchNorm)):
+        norm.float()
     return net
 
 @torch.no_grad()
@@ -299,9 +298,9 @@ def train(data: dict, seed: int, device: torch.device | str | None = None, net: 
           quiet: bool = False, on_epoch=None) -> tuple[dict, nn.Module]:
     """One run from scratch on the dict of `load_data`, under hyp. Returns its record and the trained network.
 
-    net: a network of `make_net`, perhaps compiled, to reset and train in place of a new one. quiet: no
-    evaluation after each epoch. on_epoch(row) is called after every epoch but the last, off the clock.
-    The record is what runs.jsonl holds (see the README): accuracies in [0, 1], times in seconds.
+    net: of `make_net`, perhaps compiled, reset and trained in place of a new one. quiet: no evaluation after
+    the epochs. on_epoch(row) is called after every epoch but the last, off the clock. The record is what
+    runs.jsonl holds (see the README): accuracies in [0, 1], times in seconds.
     """
     wall_start = time.perf_counter()
     device = data['train']['images'].device if device is None else torch.device(device)
@@ -314,7 +313,6 @@ def train(data: dict, seed: int, device: torch.device | str | None = None, net: 
     optimizer = make_optimizer(net)
     peak_lrs = [group['lr'] for group in optimizer.param_groups]
     torch.manual_seed(seed + 2 ** 32)  # a stream of its own: batches do not depend on the network's init
-
     start = now(device)
     train_loader = CifarLoader(data, train=True, batch_size=opt['batch_size'], aug=hyp['aug'], device=device)
     test_loader = CifarLoader(data, train=False, batch_size=2000, device=device)
@@ -325,7 +323,6 @@ def train(data: dict, seed: int, device: torch.device | str | None = None, net: 
     if not total_steps:
         raise ValueError(f"batch size {opt['batch_size']} is over {len(train_loader.images)} training images")
     seconds = now(device) - start
-
     step, rows = 0, []
     while step < total_steps:
         start = now(device)
@@ -343,13 +340,13 @@ def train(data: dict, seed: int, device: torch.device | str | None = None, net: 
                 break
         eval_start = now(device)
         seconds += eval_start - start
+        net[0].bias.requires_grad = False  # in evaluation always, so that a compiled network needs but one
         test_acc = None if quiet else evaluate(net, test_loader)
-        rows.append({'epoch': len(rows) + 1, 'train_loss': loss.item() / len(labels),
-                     'train_acc': accuracy(logits, labels), 'test_acc': test_acc,
-                     'clock_seconds': seconds, 'eval_seconds': now(device) - eval_start})
+        rows.append({'epoch': len(rows) + 1, 'train_acc': accuracy(logits, labels), 'test_acc': test_acc,
+                     'train_loss': loss.item() / len(labels), 'clock_seconds': seconds,
+                     'eval_seconds': now(device) - eval_start})
         if on_epoch and step < total_steps:
             on_epoch(rows[-1])
-
     start = now(device)
     logits = infer(net, test_loader, hyp['net']['tta_level'])
     seconds += now(device) - start
@@ -358,7 +355,7 @@ def train(data: dict, seed: int, device: torch.device | str | None = None, net: 
               'wall_seconds': time.perf_counter() - wall_start}
     return record, net
 
-# ---------------------------------------- Data files ----------------------------------------
+# ---------------------------------------- Data files and machine ----------------------------------------
 
 class UserError(Exception):
     """What the user can mend, in one line."""
@@ -373,25 +370,25 @@ def load_data(data_dir: str, device: torch.device | str | None = None) -> dict:
 
 def read_cache(path: str, device: torch.device | str) -> dict:
     """A train.pt or test.pt that may be anybody's: no code in it is run, and its content is checked."""
-    fault = 'is truncated, is not a torch file or holds pickled code'
+    fault = 'cannot be read, is truncated, is not a torch file or holds pickled code'
     try:
+        zipfile.ZipFile(path).close()  # else torch.load tries older formats
         cache = torch.load(path, map_location='cpu', weights_only=True)
-        fault = "does not hold the tensors 'images' and 'labels' and the list 'classes'"
-        images, labels, classes = (cache[key] for key in ('images', 'labels', 'classes'))
+        fault = "does not hold a dict of the tensors 'images' and 'labels' and the list 'classes'"
+        images, labels, classes = map(dict(cache).__getitem__, ('images', 'labels', 'classes'))
         faults = {
             'has images other than uint8 [N, 32, 32, 3]': images.dtype != torch.uint8 or not len(images)
                 or images.layout != torch.strided or images.shape[1:] != (32, 32, 3),
             'has labels other than an int64 from 0 to 9 for each image': labels.dtype != torch.int64
                 or labels.shape != images.shape[:1] or not set(labels.tolist()) <= set(range(10)),
-            'has classes other than 10 names': [type(name) for name in classes] != [str] * 10}
+            'has classes other than 10 names': type(classes) is str or [*map(type, classes)] != [str] * 10}
         fault = next((text for text, found in faults.items() if found), None)
-    except OSError as error:
-        raise UserError(f'cannot read {path}: {error.strerror or error}') from None
-    except Exception:  # a damaged file fails anywhere, with any type
-        pass
+    except Exception as error:  # a damaged file fails anywhere, with any type
+        if out_of_memory(error):
+            raise
     if fault:
         raise UserError(f'{path} {fault}: delete it, and CIFAR-10 is downloaded again')
-    return {'images': images.to(device), 'labels': labels.to(device), 'classes': list(classes)}
+    return {'images': images.to(device), 'labels': labels.to(device), 'classes': classes}
 
 def download(data_dir: str, paths: dict):
     """CIFAR-10 by torchvision, in a private folder from which whole files move to their paths."""
@@ -432,8 +429,6 @@ def synthetic_data(device: torch.device | str, train: int = 50000, test: int = 1
                        'labels': labels.to(device), 'classes': [f'pattern {i}' for i in range(10)]}
     return data
 
-# ---------------------------------------- Machine ----------------------------------------
-
 def proc(name: str) -> str:
     """Linux's /proc/name; empty on other systems."""
     path = pathlib.Path('/proc', name)
@@ -462,8 +457,7 @@ def environment(device: torch.device) -> dict:
         'cuDNN': torch.backends.cudnn.version()}
 
 def warm_up(data: dict, device: torch.device, net: nn.Module | None, quiet: bool) -> float:
-    """A few steps of every kind: whitening bias training and frozen, lookahead, each evaluation batch size.
-    Returns the seconds that a whole run should take."""
+    """A few steps and evaluations of every kind in a run. Returns the seconds that a run should take."""
     n = {split: len(data[split]['labels']) for split in data}
     few = {'train': 2 * hyp['opt']['batch_size'], 'test': 2000 + n['test'] % 2000}
     few = {split: min(n[split], few[split]) for split in data}
@@ -475,16 +469,21 @@ def warm_up(data: dict, device: torch.device, net: nn.Module | None, quiet: bool
     evaluations = 1 + (0 if quiet else hyp['opt']['train_epochs'] / (1, 2, 6)[hyp['net']['tta_level']])
     return hyp['opt']['train_epochs'] * epoch * n['train'] + evaluations * tta * n['test']
 
-def explained(error: Exception, args: argparse.Namespace | None) -> str | None:
+def out_of_memory(error: Exception) -> bool:
+    return isinstance(error, (MemoryError, torch.cuda.OutOfMemoryError)) or 'allocate memory' in str(error)
+
+def explained(error: Exception, args: argparse.Namespace | None, state: dict) -> str | None:
     """One line on an error that the user can mend. args: the command line, None if the error is in it."""
-    if isinstance(error, (MemoryError, torch.cuda.OutOfMemoryError)) or 'allocate memory' in str(error):
-        device, kilobytes = pick_device(args.device), re.findall(r'MemAvailable:\s*(\d+)', proc('meminfo'))
-        free = torch.cuda.mem_get_info(device.index)[0] if device.type == 'cuda' else 1024 * float(kilobytes[0])
-        error = UserError(f'out of memory on {device} with batch size {args.batch_size}: {free / 2**30:.2f} '
-                          'GiB are free; try a smaller one, --hyp opt.batch_size=512')
-    elif args and args.compile and not args.begun:
-        error = UserError('--compile needs a C++ compiler, on CUDA Triton: ' + str(error).split('\n\n')[0])
-    return ' '.join(str(error).split()) if isinstance(error, UserError) else None
+    if out_of_memory(error):
+        device, kib = pick_device(args.device), re.findall(r'MemAvailable:\s*(\d+)', proc('meminfo'))
+        free = torch.cuda.mem_get_info(device.index)[0] if device.type != 'cpu' else 1024 * sum(map(int, kib))
+        return (f"out of memory on {device} at batch size {state['batch_size']}, with {free / 2**30:.2f} GiB "
+                'free: try a smaller one, --hyp opt.batch_size=512')
+    if isinstance(error, UserError):
+        return ' '.join(str(error).split())
+    if args and args.compile and not state['begun']:
+        reason = ' '.join(str(error).split('\n\n')[0].split())
+        return f'--compile needs a C++ compiler, on CUDA also Triton: {reason}'
 
 # ---------------------------------------- Table ----------------------------------------
 
@@ -547,15 +546,18 @@ LIMITS = {  # the type and the range, ends included, of every hyperparameter
 
 @contextlib.contextmanager
 def overrides(values: dict):
-    """hyp with {'opt.lr': 10.0, ...} put in; afterwards it is as before."""
-    saved = copy.deepcopy(hyp)
+    """hyp with {'opt.lr': 10.0, ...} put in; afterwards these are as before."""
+    undo = []
     try:
         for key, value in values.items():
             *groups, name = key.split('.')
-            functools.reduce(dict.__getitem__, groups, hyp)[name] = value
+            group = functools.reduce(dict.__getitem__, groups, hyp)
+            undo.append((group, name, group[name]))
+            group[name] = value
         yield
     finally:
-        hyp.update(saved)
+        for group, name, value in reversed(undo):
+            group[name] = value
 
 def parse_hyp(pairs: list[str]) -> dict:
     """['opt.lr=10', ...] -> {'opt.lr': 10.0, ...}, type and range checked."""
@@ -579,7 +581,6 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
         f'{NAME}.py', allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter,
         description='Train CIFAR-10 networks and print runtime and accuracy.', epilog=f"""examples:
   python {NAME}.py --trials 5 --runs 25 --quiet           the report's protocol
-  python {NAME}.py --synthetic --trials 1                 smoke test and stopwatch without data
   python {NAME}.py --hyp opt.lr=10 net.widths.block1=32   other hyperparameters""")
     parser.error = fail
     add = parser.add_argument
@@ -613,15 +614,15 @@ def write_log(folder: str, name: str, text: str):
     except OSError as error:
         raise UserError(f'cannot write {os.path.join(folder, name)}: {error.strerror}') from None
 
-def experiment(args: argparse.Namespace, argv: list[str], runs: list):
-    """Make all runs, append their records to runs and to the log, print rows and table."""
+def experiment(args: argparse.Namespace, argv: list[str], runs: list, state: dict):
+    """Make all runs; append their records to runs and to the log; print rows and table. state is for main."""
     device, say = pick_device(args.device), functools.partial(print, flush=True)
     line = '{:>5} {:>4} {:>6} {:>11} {:>10} {:>9} {:>9} {:>11} {:>10}'.format
-    args.batch_size, args.begun, epochs = hyp['opt']['batch_size'], False, hyp['opt']['train_epochs']
+    epochs, state['batch_size'] = hyp['opt']['train_epochs'], hyp['opt']['batch_size']
     data = synthetic_data(device) if args.synthetic else load_data(args.data_dir, device)
     n_train, n_test = (len(data[split]['labels']) for split in ('train', 'test'))
-    if args.batch_size > n_train:
-        raise UserError(f'opt.batch_size={args.batch_size} is over the {n_train} training images')
+    if state['batch_size'] > n_train:
+        raise UserError(f"opt.batch_size={state['batch_size']} is over the {n_train} training images")
     source = 'synthetic images' if args.synthetic else args.data_dir
     seed, n_runs = secrets.randbits(32) if args.seed is None else args.seed, args.trials * args.runs
     title = f'{NAME}, recipe {args.recipe}, {source} ({n_train} to train on, {n_test} to test), seed {seed}'
@@ -645,16 +646,15 @@ def experiment(args: argparse.Namespace, argv: list[str], runs: list):
         else:
             one, whole, short = (duration(seconds * factor, 0) for factor in (1, n_runs, 1 / epochs))
             say(f"No GPU in use: on {machine['device']} a run takes about {one}, the whole command {whole}. "
-                f'Try first: --trials 1 --hyp opt.train_epochs=1, about {short}.')
+                f'Shorter: python {NAME}.py --trials 1 --hyp opt.train_epochs=1, about {short}.')
         say(line('trial', 'run', 'epoch', 'train loss', 'train acc', 'test acc', 'tta acc', 'clock', 'left'))
-        args.begun, start = True, time.perf_counter()
+        state['begun'], start = True, time.perf_counter()
         def show(row, clock_seconds, tta_acc=''):
             done = len(runs) + (0 if tta_acc else min(1, row['epoch'] / epochs))
             left = duration((time.perf_counter() - start) * (n_runs / done - 1), 0)
             loss = f"{row['train_loss']:.4f}" if math.isfinite(row['train_loss']) else 'diverged'
             say(line(trial, run, row['epoch'], loss, percent(row['train_acc']), percent(row['test_acc']),
                      tta_acc, f'{clock_seconds:.3f}s', left))
-
         for trial, run in itertools.product(range(1, args.trials + 1), range(1, args.runs + 1)):
             run_seed = int(np.random.SeedSequence([seed, trial, run]).generate_state(1)[0])
             on_epoch = None if args.quiet else lambda row: show(row, row['clock_seconds'])
@@ -676,19 +676,19 @@ def main(argv: list[str] | None = None) -> list[dict]:
     """The command line: argv, by default the process's own, in a notebook none. Returns the finished runs.
     What the user can mend is one printed line; it ends the process, unless that is a notebook, with status 2
     if it was found before the first run, else with 1. Ctrl-C: 130."""
-    notebook, runs, args = hasattr(builtins, '__IPYTHON__'), [], None
+    notebook, runs, args, state = hasattr(builtins, '__IPYTHON__'), [], None, {'begun': False}
     argv = ([] if notebook else sys.argv[1:]) if argv is None else argv
     try:
         args = parse_args(argv)
         with overrides({**RECIPES[args.recipe], **parse_hyp(args.hyp)}):
-            experiment(args, argv, runs)
+            experiment(args, argv, runs, state)
         return runs
     except KeyboardInterrupt:
         status, message = 130, f'stopped after {len(runs)} finished runs'
     except SystemExit:  # --help
         return runs
     except Exception as error:
-        status, message = 1 if getattr(args, 'begun', False) else 2, explained(error, args)
+        status, message = 1 if state['begun'] else 2, explained(error, args, state)
         if message is None:
             raise
     print(f'{NAME}: {message}', file=sys.stderr)

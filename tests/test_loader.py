@@ -183,7 +183,7 @@ def test_nothing_that_init_builds_has_a_graph(script, data):
 
 
 def test_precomputation_from_images_that_require_grad_has_no_graph(script, data):
-    loader = make_loader(script, data, aug=FULL)
+    loader = make_loader(script, data, batch_size=100, aug=FULL)
     loader.images = loader.images.clone().requires_grad_()
     (images, _), = itertools.islice(loader, 1)
     assert not any(tensor.requires_grad for tensor in (images, *loader.proc_images.values()))
