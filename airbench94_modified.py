@@ -1,18 +1,17 @@
-"""airbench94 with the four changes of a report: static precomputation, residual ConvGroups, fewer and larger
-steps, a faster data pipeline. Baseline: K. Jordan 2024, arXiv:2404.00498.
+"""airbench94 with four changes: precomputation, residual ConvGroups, schedule, data pipeline. Its experiment
+is its `diff` from airbench94_baseline.py.
 
     python airbench94_modified.py                                five runs, one row each, and their table
     python airbench94_modified.py --trials 5 --runs 25 --quiet   the report's protocol: 125 runs
     python airbench94_modified.py --help                         every option, with examples
 
-Or paste the whole file into one notebook cell. Needs torch, torchvision, numpy; CIFAR-10 is downloaded once.
-Read it top to bottom: what follows `train` is tooling. The experiment is the `diff` of airbench94_baseline.py
-and airbench94_modified.py; the results, and what they were measured with, are in README.md.
+Or paste the whole file into one notebook cell. Needs Python 3.10, torch, torchvision, numpy; gets CIFAR-10.
+Read it top to bottom: what follows `train` is tooling. The results, and how they were measured: README.md.
 """
 NAME = 'airbench94_modified'
 
 import argparse, builtins, contextlib, datetime, functools, itertools, json, linecache, math, os
-import pathlib, platform, re, secrets, shutil, sys, tempfile, time, zipfile
+import pathlib, platform, re, secrets, shlex, shutil, sys, tempfile, time, zipfile
 
 import numpy as np
 import torch
@@ -64,9 +63,9 @@ class CifarLoader:
     path: directory or dict of `load_data`. train: which split, and the default of drop_last and shuffle.
     aug: {'flip': bool, 'translate': pixels}. Yields images [B, 3, 32, 32], float16 on CUDA, else float32,
     channels_last, and int64 labels [B]. Draws flips, then per epoch offsets and permutation. images: [N, 3,
-    32, 32] in [0, 1], not normalized. The next iteration takes newly assigned images and labels (ValueError
-    where their lengths differ).
-    proc_images is filled by `__init__`; batches are gathered, cropped and mirrored straight from its 'pad'.
+    32, 32] in [0, 1], not normalized. The next iteration takes newly assigned (not edited) images and labels,
+    or raises ValueError where their lengths differ.
+    `__init__` fills proc_images; batches are crops of its last tensor, in odd epochs of that mirrored.
     """
 
     def __init__(self, path, train=True, batch_size=500, aug=None, drop_last=None, shuffle=None, device=None):
@@ -293,16 +292,15 @@ def train_step(net, optimizer, images, labels, label_smoothing):
     optimizer.step()
     return loss.detach(), logits.detach()
 
-@torch.backends.cudnn.flags(enabled=True, benchmark=True)
 def train(data: dict, seed: int, device: torch.device | str | None = None, net: nn.Module | None = None,
           quiet: bool = False, on_epoch=None) -> tuple[dict, nn.Module]:
     """One run from scratch on the dict of `load_data`, under hyp. Returns its record and the trained network.
 
-    net: of `make_net`, perhaps compiled, reset and trained in place of a new one. quiet: no evaluation after
-    the epochs. on_epoch(row) is called after every epoch but the last, off the clock. The record is what
-    runs.jsonl holds (see the README): accuracies in [0, 1], times in seconds.
+    net: of `make_net`, perhaps compiled: reset and trained in place of a new one. quiet: evaluate only at the
+    end. on_epoch(row): called after each epoch but the last, off the clock. The record: README, runs.jsonl.
+    Reseeds torch, leaves cuDNN's benchmark mode on; ValueError where the images do not fill a batch.
     """
-    wall_start = time.perf_counter()
+    wall_start, torch.backends.cudnn.benchmark = time.perf_counter(), True
     device = data['train']['images'].device if device is None else torch.device(device)
     opt = hyp['opt']
     torch.manual_seed(seed)
@@ -392,7 +390,7 @@ def read_cache(path: str, device: torch.device | str) -> dict:
 
 def download(data_dir: str, paths: dict):
     """CIFAR-10 by torchvision, in a private folder from which whole files move to their paths."""
-    print(f'CIFAR-10 is not in {data_dir} yet: downloading it (170 MB)', flush=True)
+    print(f'No train.pt and test.pt in {data_dir} yet: getting CIFAR-10 (170 MB)', flush=True)
     try:
         os.makedirs(data_dir, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix='.download-', dir=data_dir) as folder:
@@ -445,7 +443,7 @@ def pick_device(name: str) -> torch.device:
     if not known or name != 'cpu' and int(name[5:] or 0) >= count:
         raise UserError(f'--device {name}: choose auto, cpu, cuda or cuda:N; torch {torch.__version__} finds '
                         f'{count} CUDA devices here')
-    return torch.device(name)
+    return torch.device(name) if name == 'cpu' else torch.device('cuda', int(name[5:] or 0))
 
 def environment(device: torch.device) -> dict:
     cpu = (re.findall(r'model name\s*: (.*)', proc('cpuinfo')) or [platform.machine()])[0]
@@ -458,32 +456,33 @@ def environment(device: torch.device) -> dict:
 
 def warm_up(data: dict, device: torch.device, net: nn.Module | None, quiet: bool) -> float:
     """A few steps and evaluations of every kind in a run. Returns the seconds that a run should take."""
-    n = {split: len(data[split]['labels']) for split in data}
-    few = {'train': 2 * hyp['opt']['batch_size'], 'test': 2000 + n['test'] % 2000}
-    few = {split: min(n[split], few[split]) for split in data}
+    opt, n = hyp['opt'], {split: len(data[split]['labels']) for split in data}
+    few = {'train': min(n['train'], 2 * opt['batch_size']), 'test': min(n['test'], 2000 + n['test'] % 2000)}
     part = {split: {key: value[:few[split]] for key, value in data[split].items()} for split in data}
+    next(iter(CifarLoader(data, batch_size=opt['batch_size'], aug=hyp['aug'])))  # at full size
     with overrides({'opt.train_epochs': 3.0, 'opt.whiten_bias_epochs': 1}):
         record, _ = train(part, 0, device, net, quiet=True)
     _, second, third = (row['clock_seconds'] for row in record['epochs'])
     epoch, tta = (third - second) / few['train'], (record['clock_seconds'] - third) / few['test']
-    evaluations = 1 + (0 if quiet else hyp['opt']['train_epochs'] / (1, 2, 6)[hyp['net']['tta_level']])
-    return hyp['opt']['train_epochs'] * epoch * n['train'] + evaluations * tta * n['test']
+    evaluations = 1 + (0 if quiet else opt['train_epochs'] / (1, 2, 6)[hyp['net']['tta_level']])
+    return opt['train_epochs'] * epoch * n['train'] + evaluations * tta * n['test']
 
 def out_of_memory(error: Exception) -> bool:
-    return isinstance(error, (MemoryError, torch.cuda.OutOfMemoryError)) or 'allocate memory' in str(error)
+    signs = 'out of memory|allocate memory|ALLOC_FAILED'
+    return isinstance(error, MemoryError) or bool(re.search(signs, str(error)))
 
 def explained(error: Exception, args: argparse.Namespace | None, state: dict) -> str | None:
     """One line on an error that the user can mend. args: the command line, None if the error is in it."""
+    if isinstance(error, UserError):
+        return str(error)
     if out_of_memory(error):
         device, kib = pick_device(args.device), re.findall(r'MemAvailable:\s*(\d+)', proc('meminfo'))
-        free = torch.cuda.mem_get_info(device.index)[0] if device.type != 'cpu' else 1024 * sum(map(int, kib))
-        return (f"out of memory on {device} at batch size {state['batch_size']}, with {free / 2**30:.2f} GiB "
-                'free: try a smaller one, --hyp opt.batch_size=512')
-    if isinstance(error, UserError):
-        return ' '.join(str(error).split())
+        free = ', '.join(f'{int(size) / 2**20:.2f} GiB free' for size in kib)
+        with contextlib.suppress(RuntimeError, ValueError):  # no GPU, or one too full to tell
+            free = f'{torch.cuda.mem_get_info(device)[0] / 2**30:.2f} GiB free'
+        return f"out of memory ({device}, batch size {state['batch']}, {free}): try --hyp opt.batch_size=512"
     if args and args.compile and not state['begun']:
-        reason = ' '.join(str(error).split('\n\n')[0].split())
-        return f'--compile needs a C++ compiler, on CUDA also Triton: {reason}'
+        return '--compile failed (needs a C++ compiler, on CUDA also Triton): ' + str(error).split('\n\n')[0]
 
 # ---------------------------------------- Table ----------------------------------------
 
@@ -618,11 +617,11 @@ def experiment(args: argparse.Namespace, argv: list[str], runs: list, state: dic
     """Make all runs; append their records to runs and to the log; print rows and table. state is for main."""
     device, say = pick_device(args.device), functools.partial(print, flush=True)
     line = '{:>5} {:>4} {:>6} {:>11} {:>10} {:>9} {:>9} {:>11} {:>10}'.format
-    epochs, state['batch_size'] = hyp['opt']['train_epochs'], hyp['opt']['batch_size']
+    epochs, state['batch'] = hyp['opt']['train_epochs'], hyp['opt']['batch_size']
     data = synthetic_data(device) if args.synthetic else load_data(args.data_dir, device)
     n_train, n_test = (len(data[split]['labels']) for split in ('train', 'test'))
-    if state['batch_size'] > n_train:
-        raise UserError(f"opt.batch_size={state['batch_size']} is over the {n_train} training images")
+    if state['batch'] > n_train:
+        raise UserError(f"opt.batch_size={state['batch']} is over the {n_train} training images")
     source = 'synthetic images' if args.synthetic else args.data_dir
     seed, n_runs = secrets.randbits(32) if args.seed is None else args.seed, args.trials * args.runs
     title = f'{NAME}, recipe {args.recipe}, {source} ({n_train} to train on, {n_test} to test), seed {seed}'
@@ -646,7 +645,8 @@ def experiment(args: argparse.Namespace, argv: list[str], runs: list, state: dic
         else:
             one, whole, short = (duration(seconds * factor, 0) for factor in (1, n_runs, 1 / epochs))
             say(f"No GPU in use: on {machine['device']} a run takes about {one}, the whole command {whole}. "
-                f'Shorter: python {NAME}.py --trials 1 --hyp opt.train_epochs=1, about {short}.')
+                f"Shorter: python {shlex.join([f'{NAME}.py', *argv])} --trials 1 --runs 1 "
+                f'--hyp opt.train_epochs=1, about {short}.')
         say(line('trial', 'run', 'epoch', 'train loss', 'train acc', 'test acc', 'tta acc', 'clock', 'left'))
         state['begun'], start = True, time.perf_counter()
         def show(row, clock_seconds, tta_acc=''):
@@ -691,7 +691,7 @@ def main(argv: list[str] | None = None) -> list[dict]:
         status, message = 1 if state['begun'] else 2, explained(error, args, state)
         if message is None:
             raise
-    print(f'{NAME}: {message}', file=sys.stderr)
+    print(f"{NAME}: {' '.join(message.split())}", file=sys.stderr)
     if not notebook:
         sys.exit(status)
     return runs
