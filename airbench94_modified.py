@@ -1,5 +1,4 @@
-"""airbench94 with four changes: precomputation, residual ConvGroups, schedule, data pipeline. Its experiment
-is its `diff` from airbench94_baseline.py.
+"""airbench94_baseline.py with the four changes of a report; the experiment is the `diff` of the two files.
 
     python airbench94_modified.py                                five runs, one row each, and their table
     python airbench94_modified.py --trials 5 --runs 25 --quiet   the report's protocol: 125 runs
@@ -54,7 +53,7 @@ def batch_crop(images: torch.Tensor, size: int, offsets: torch.Tensor, index: to
     One gather from a view, no synchronization. Returns [len(index), C, size, size], channels_last."""
     channels = images.shape[1]
     rows = images.permute(0, 2, 3, 1).flatten(2)  # NHWC: a row of a crop is one contiguous piece
-    windows = rows.unfold(1, size, 1).unfold(2, size * channels, channels)
+    windows = rows.unfold(1, size, 1).unfold(2, size * channels, channels)  # [n, y, x]: image n's crop there
     return windows[(index, *offsets[index].unbind(1))].unflatten(2, (size, channels)).permute(0, 3, 1, 2)
 
 class CifarLoader:
@@ -219,7 +218,7 @@ def make_optimizer(net: nn.Module) -> torch.optim.SGD:
     lr = opt['lr'] / kilostep_scale
     lr_biases = lr * opt['bias_scaler']
     wd = opt['weight_decay'] * opt['batch_size'] / kilostep_scale
-    biases = [p for name, p in net.named_parameters() if p.requires_grad and 'norm' in name]
+    biases = [p for name, p in net.named_parameters() if p.requires_grad and 'norm' in name]  # scales do not
     others = [p for name, p in net.named_parameters() if p.requires_grad and 'norm' not in name]
     groups = [{'params': biases, 'lr': lr_biases, 'weight_decay': wd / lr_biases},
               {'params': others, 'lr': lr, 'weight_decay': wd / lr}]
@@ -404,8 +403,9 @@ def download(data_dir: str, paths: dict):
                                 'labels': torch.tensor(dataset.targets)}, os.path.join(folder, split))
                     os.replace(os.path.join(folder, split), path)
     except Exception as error:  # network, archive and disk fail in many ways
-        raise UserError(f'no CIFAR-10 downloaded to {data_dir} ({error}): put train.pt and test.pt there or '
-                        'cifar-10-python.tar.gz from https://www.cs.toronto.edu/~kriz/cifar.html') from None
+        raise UserError(
+            f'CIFAR-10 could not be downloaded to {data_dir} ({error}): put train.pt and test.pt there, or '
+            'cifar-10-python.tar.gz from www.cs.toronto.edu/~kriz/cifar.html; or try --synthetic') from None
     finally:
         with contextlib.suppress(OSError):
             os.rmdir(data_dir)  # goes through only where it is empty
@@ -464,7 +464,7 @@ def warm_up(data: dict, device: torch.device, net: nn.Module | None, quiet: bool
         record, _ = train(part, 0, device, net, quiet=True)
     _, second, third = (row['clock_seconds'] for row in record['epochs'])
     epoch, tta = (third - second) / few['train'], (record['clock_seconds'] - third) / few['test']
-    evaluations = 1 + (0 if quiet else opt['train_epochs'] / (1, 2, 6)[hyp['net']['tta_level']])
+    evaluations = 1 + (0 if quiet else opt['train_epochs'] / (1, 2, 6)[hyp['net']['tta_level']])  # views
     return opt['train_epochs'] * epoch * n['train'] + evaluations * tta * n['test']
 
 def out_of_memory(error: Exception) -> bool:
@@ -592,7 +592,7 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     add('--recipe', choices=list(RECIPES), default='report', help='a named set of hyperparameters (report)')
     add('--data-dir', metavar='DIR', default='cifar10', help='has train.pt, test.pt; or gets them (cifar10)')
     add('--log-dir', metavar='DIR', default='logs', help='gets a folder per experiment (logs)')
-    add('--target', metavar='PCT', type=float, default=94.0, help='accuracy that runs are counted from (94)')
+    add('--target', metavar='PCT', type=float, default=94.0, help='accuracy in percent to count from (94)')
     add('--quiet', action='store_true', help='one row per run: no evaluation after each epoch')
     add('--synthetic', action='store_true', help='generated images in place of CIFAR-10')
     args = parser.parse_args(argv)
@@ -697,4 +697,4 @@ def main(argv: list[str] | None = None) -> list[dict]:
     return runs
 
 if __name__ == '__main__':
-    main(sys.argv[1:] if '__file__' in globals() else [])
+    main(sys.argv[1:] if '__file__' in globals() else [])  # a pasted cell has no __file__, and others' argv
