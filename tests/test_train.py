@@ -55,7 +55,7 @@ with script.overrides({FREEZING}):
 torch.save((record, net.state_dict()), 'alone.pt')'''
     threads = environment(PYTHONPATH=str(ROOT), OMP_NUM_THREADS=str(torch.get_num_threads()))
     subprocess.run([sys.executable, '-c', code], cwd=tmp_path, env=threads, check=True, timeout=100)
-    record, state = torch.load(tmp_path / 'alone.pt')
+    record, state = torch.load(tmp_path / 'alone.pt', weights_only=True)
     assert results(second[0]) == results(record)
     assert_same_state(second[1], state)
 
