@@ -5,7 +5,7 @@ import pytest
 
 from conftest import SCRIPTS
 
-DATA = os.environ.get('AIRBENCH_DATA')
+DATA = os.environ.get('AIRBENCH_DATA') and os.path.abspath(os.environ['AIRBENCH_DATA'])
 
 
 @pytest.mark.skipif(not DATA, reason='AIRBENCH_DATA names no directory with CIFAR-10')
