@@ -218,7 +218,7 @@ def make_optimizer(net: nn.Module) -> torch.optim.SGD:
     lr = opt['lr'] / kilostep_scale
     lr_biases = lr * opt['bias_scaler']
     wd = opt['weight_decay'] * opt['batch_size'] / kilostep_scale
-    biases = [p for name, p in net.named_parameters() if p.requires_grad and 'norm' in name]  # scales do not
+    biases = [p for name, p in net.named_parameters() if p.requires_grad and 'norm' in name]  # no scales
     others = [p for name, p in net.named_parameters() if p.requires_grad and 'norm' not in name]
     groups = [{'params': biases, 'lr': lr_biases, 'weight_decay': wd / lr_biases},
               {'params': others, 'lr': lr, 'weight_decay': wd / lr}]
@@ -299,9 +299,9 @@ def train(data: dict, seed: int, device: torch.device | str | None = None, net: 
     end. on_epoch(row): called after each epoch but the last, off the clock. The record: README, runs.jsonl.
     Reseeds torch, leaves cuDNN's benchmark mode on; ValueError where the images do not fill a batch.
     """
-    wall_start, torch.backends.cudnn.benchmark = time.perf_counter(), True
+    wall_start, opt = time.perf_counter(), hyp['opt']
+    torch.backends.cudnn.benchmark = True  # shapes are fixed: try cuDNN's kernels once, keep the fastest
     device = data['train']['images'].device if device is None else torch.device(device)
-    opt = hyp['opt']
     torch.manual_seed(seed)
     fresh = make_net(device)
     net = fresh if net is None else net
@@ -337,7 +337,7 @@ def train(data: dict, seed: int, device: torch.device | str | None = None, net: 
                 break
         eval_start = now(device)
         seconds += eval_start - start
-        net[0].bias.requires_grad = False  # in evaluation always, so that a compiled network needs but one
+        net[0].bias.requires_grad = False  # else a compiled network would compile evaluation twice
         test_acc = None if quiet else evaluate(net, test_loader)
         rows.append({'epoch': len(rows) + 1, 'train_acc': accuracy(logits, labels), 'test_acc': test_acc,
                      'train_loss': loss.item() / len(labels), 'clock_seconds': seconds,
