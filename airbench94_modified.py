@@ -1,21 +1,21 @@
 """airbench94_baseline.py with the four changes of a report; the experiment is the `diff` of the two files.
 
-    python airbench94_modified.py                                five runs, one row each, and their table
-    python airbench94_modified.py --trials 5 --runs 25 --quiet   the report's protocol: 125 runs
-    python airbench94_modified.py --help                         every option, with examples
+    python airbench94_modified.py                                             five runs and their table
+    python airbench94_modified.py --trials 5 --runs 25 --quiet                the report's protocol: 125 runs
+    python airbench94_modified.py --runs 5 --versus airbench94_baseline.py    which is better?
+    torchrun --nproc_per_node=8 airbench94_modified.py --sweep opt.lr=9,12    which value is, on 8 GPUs
 
-Or paste the whole file into one notebook cell. Needs Python 3.10, torch, torchvision, numpy; gets CIFAR-10.
-Read it top to bottom: what follows `train` is tooling. The results, and how they were measured: README.md.
+Or paste the whole file into a notebook cell. What follows `train` is tooling. README.md has the results.
 """
 NAME = 'airbench94_modified'
-
-import argparse, builtins, contextlib, datetime, functools, itertools, json, linecache, math, os
-import pathlib, platform, re, secrets, shlex, shutil, sys, tempfile, time, zipfile
+import argparse, builtins, collections, contextlib, copy, datetime, difflib, functools, importlib.util
+import itertools, json, linecache, math, os, pathlib, platform, re, secrets, shlex, shutil, sys, tempfile
+import time, zipfile, zlib
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import distributed, nn
 
 hyp = {  # `--hyp opt.lr=10` overrides one, `--recipe NAME` a named set
     'opt': {
@@ -39,14 +39,11 @@ hyp = {  # `--hyp opt.lr=10` overrides one, `--recipe NAME` a named set
 RECIPES = {'report': {}}  # name -> {'opt.lr': value, ...}, the differences from hyp
 
 # ---------------------------------------- Loader ----------------------------------------
-
-CIFAR_MEAN = (0.4914, 0.4822, 0.4465)
-CIFAR_STD = (0.2470, 0.2435, 0.2616)
+CIFAR_MEAN, CIFAR_STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
 
 def batch_flip_lr(images: torch.Tensor) -> torch.Tensor:
     """Mirror each image [N, C, H, W] left to right, independently with probability 0.5."""
-    mask = torch.rand(len(images), device=images.device) < 0.5
-    return torch.where(mask.view(-1, 1, 1, 1), images.flip(-1), images)
+    return torch.where(torch.rand(len(images), 1, 1, 1, device=images.device) < 0.5, images.flip(-1), images)
 
 def batch_crop(images: torch.Tensor, size: int, offsets: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
     """Crop images[index] of [N, C, H, W] at offsets[index], int64 [N, 2]: row and column of the first pixel.
@@ -58,38 +55,30 @@ def batch_crop(images: torch.Tensor, size: int, offsets: torch.Tensor, index: to
 
 class CifarLoader:
     """Batches of normalized, augmented images and their labels, all made on the device.
-
     path: directory or dict of `load_data`. train: which split, and the default of drop_last and shuffle.
     aug: {'flip': bool, 'translate': pixels}. Yields images [B, 3, 32, 32], float16 on CUDA, else float32,
     channels_last, and int64 labels [B]. Draws flips, then per epoch offsets and permutation. images: [N, 3,
     32, 32] in [0, 1], not normalized. The next iteration takes newly assigned (not edited) images and labels,
     or raises ValueError where their lengths differ.
-    `__init__` fills proc_images; batches are crops of its last tensor, in odd epochs of that mirrored.
-    """
-
+    `__init__` fills proc_images; batches are crops of its last tensor, in odd epochs of that mirrored."""
     def __init__(self, path, train=True, batch_size=500, aug=None, drop_last=None, shuffle=None, device=None):
-        data = path if isinstance(path, dict) else load_data(path, device)
-        split = data['train' if train else 'test']
+        split = (path if isinstance(path, dict) else load_data(path, device))['train' if train else 'test']
         device = split['images'].device if device is None else torch.device(device)
         images = split['images'].to(device, non_blocking=True).permute(0, 3, 1, 2)  # channels_last
         self.images = images.to(image_dtype(device)).div_(255)
         self.labels = split['labels'].to(device, torch.long, non_blocking=True)
-        self.classes = split['classes']
-        self.batch_size = batch_size
+        self.classes, self.batch_size = split['classes'], batch_size
         self.aug = {'flip': False, 'translate': 0, **(aug or {})}
         if len(self.aug) > 2:
             raise ValueError(f"aug knows 'flip' and 'translate', not {list(self.aug)[2:]}")
-        self.drop_last = train if drop_last is None else drop_last
-        self.shuffle = train if shuffle is None else shuffle
+        self.drop_last, self.shuffle = (train if flag is None else flag for flag in (drop_last, shuffle))
         self.epoch, self.proc_images, self.proc_source = 0, {}, None
         self.precompute()
-
     def normalize(self, images: torch.Tensor) -> torch.Tensor:
         """(images - mean) / std of each channel, for images [N, 3, H, W] in [0, 1]."""
         mean, std = (torch.tensor(v, dtype=images.dtype).view(3, 1, 1).to(images.device, non_blocking=True)
                      for v in (CIFAR_MEAN, CIFAR_STD))
         return (images - mean).div_(std)
-
     @torch.no_grad()
     def precompute(self):
         """Fill proc_images ('norm', with aug 'flip' and 'pad') from images, where that has not been done."""
@@ -106,11 +95,8 @@ class CifarLoader:
             padded = F.pad(images, (pad,) * 4, 'reflect')
             images = self.proc_images['pad'] = padded.contiguous(memory_format=torch.channels_last)
         self.mirrored = images.flip(-1) if self.aug['flip'] else None  # a crop of it is a mirrored crop
-
     def __len__(self):
-        full, rest = divmod(len(self.images), self.batch_size)
-        return full + (rest > 0 and not self.drop_last)
-
+        return (len(self.images) + (0 if self.drop_last else self.batch_size - 1)) // self.batch_size
     def __iter__(self):
         self.precompute()
         n, size, device = len(self.images), self.images.shape[-1], self.images.device
@@ -125,43 +111,36 @@ class CifarLoader:
             yield batch_crop(images, size, offsets, index), self.labels[index]
 
 # ---------------------------------------- Network ----------------------------------------
-
-def image_dtype(device: torch.device) -> torch.dtype:
-    """dtype of images and weights; BatchNorm stays in float32."""
+def image_dtype(device: torch.device) -> torch.dtype:  # of the weights too; BatchNorm stays in float32
     return torch.float16 if device.type == 'cuda' else torch.float32
 
 def autocast(device: torch.device):
     """bfloat16 autocast on a CPU that gains from it; on CUDA the weights themselves have half precision."""
-    return torch.autocast('cpu', torch.bfloat16, enabled=device.type == 'cpu' and cpu_has_bfloat16())
+    return torch.autocast('cpu', torch.bfloat16, enabled='bfloat16' in environment(device)['dtype'])
 
 class Mul(nn.Module):
     def __init__(self, factor):
         super().__init__()
         self.factor = factor
-
     def forward(self, x):
         return x * self.factor
 
 class Conv(nn.Conv2d):
     """3x3 convolution without bias; its first in_channels filters start as the identity."""
-
     def __init__(self, in_channels, out_channels):
         super().__init__(in_channels, out_channels, kernel_size=3, padding='same', bias=False)
-
     def reset_parameters(self):
         super().reset_parameters()
         nn.init.dirac_(self.weight.data[:self.in_channels])
 
 class BatchNorm(nn.BatchNorm2d):
     """BatchNorm whose scale stays 1. momentum: the share of the OLD statistic kept (PyTorch: of the new)."""
-
     def __init__(self, num_features, momentum):
         super().__init__(num_features, eps=1e-12, momentum=1 - momentum)
         self.weight.requires_grad = False
 
 class ConvGroup(nn.Module):
     """[N, in_channels, H, W] -> [N, out_channels, H // 2, W // 2]; residual (He et al., arXiv:1512.03385)."""
-
     def __init__(self, in_channels, out_channels, batchnorm_momentum):
         super().__init__()
         self.conv1 = Conv(in_channels, out_channels)
@@ -170,7 +149,6 @@ class ConvGroup(nn.Module):
         self.conv2 = Conv(out_channels, out_channels)
         self.norm2 = BatchNorm(out_channels, batchnorm_momentum)
         self.downsample = nn.Conv2d(in_channels, out_channels, kernel_size=1, bias=False)
-
     def forward(self, x):
         identity = self.downsample(self.pool(x))
         x = F.gelu(self.norm1(self.pool(self.conv1(x))))
@@ -181,22 +159,16 @@ def make_net(device: torch.device | str = 'cpu') -> nn.Sequential:
     The weights are drawn on the CPU, so that a seed gives the same ones on every device."""
     device, widths, momentum = torch.device(device), hyp['net']['widths'], hyp['net']['batchnorm_momentum']
     net = nn.Sequential(
-        nn.Conv2d(3, 24, kernel_size=2),
-        nn.GELU(),
+        nn.Conv2d(3, 24, kernel_size=2), nn.GELU(),
         ConvGroup(24, widths['block1'], momentum),
         ConvGroup(widths['block1'], widths['block2'], momentum),
         ConvGroup(widths['block2'], widths['block3'], momentum),
-        nn.MaxPool2d(3),
-        nn.Flatten(),
-        nn.Linear(widths['block3'], 10, bias=False),
-        Mul(hyp['net']['scaling_factor']),
-    )
+        nn.MaxPool2d(3), nn.Flatten(),
+        nn.Linear(widths['block3'], 10, bias=False), Mul(hyp['net']['scaling_factor']))
     net[0].weight.requires_grad = False
     nn.init.zeros_(net[0].bias)
     net.to(device, image_dtype(device), memory_format=torch.channels_last)
-    for norm in (module for module in net.modules() if isinstance(module, BatchNorm)):
-        norm.float()
-    return net
+    return net.apply(lambda module: module.float() if isinstance(module, BatchNorm) else None)
 
 @torch.no_grad()
 def init_whitening_conv(layer: nn.Conv2d, train_images: torch.Tensor, eps: float = 5e-4):
@@ -209,15 +181,12 @@ def init_whitening_conv(layer: nn.Conv2d, train_images: torch.Tensor, eps: float
     layer.weight.copy_(torch.cat((filters, -filters)))
 
 # ---------------------------------------- Optimizer ----------------------------------------
-
 def make_optimizer(net: nn.Module) -> torch.optim.SGD:
     """Nesterov SGD: group 0 the BatchNorm biases, group 1 every other trainable parameter. Learning rates and
     weight decays are decoupled and per 1024 examples. Source: arXiv:2404.00498."""
-    opt = hyp['opt']
-    kilostep_scale = 1024 * (1 + 1 / (1 - opt['momentum']))
-    lr = opt['lr'] / kilostep_scale
+    opt, kilostep_scale = hyp['opt'], 1024 * (1 + 1 / (1 - hyp['opt']['momentum']))
+    lr, wd = opt['lr'] / kilostep_scale, opt['weight_decay'] * opt['batch_size'] / kilostep_scale
     lr_biases = lr * opt['bias_scaler']
-    wd = opt['weight_decay'] * opt['batch_size'] / kilostep_scale
     biases = [p for name, p in net.named_parameters() if p.requires_grad and 'norm' in name]  # no scales
     others = [p for name, p in net.named_parameters() if p.requires_grad and 'norm' not in name]
     groups = [{'params': biases, 'lr': lr_biases, 'weight_decay': wd / lr_biases},
@@ -233,11 +202,9 @@ def lr_factor(step: int, total_steps: int) -> float:
 class LookaheadState:
     """Slow average of the floating-point state of a network: parameters, the frozen ones too, and BatchNorm
     statistics. Source: Zhang et al. 2019, arXiv:1907.08610, with airbench94's rising decay."""
-
     def __init__(self, net: nn.Module):
         self.fast = [tensor for tensor in net.state_dict().values() if tensor.is_floating_point()]
         self.slow = [tensor.clone() for tensor in self.fast]
-
     @torch.no_grad()
     def update(self, decay: float):
         """slow <- decay x slow + (1 - decay) x fast, then fast (the network) <- slow."""
@@ -245,7 +212,6 @@ class LookaheadState:
         torch._foreach_copy_(self.fast, self.slow)
 
 # ---------------------------------------- Evaluation ----------------------------------------
-
 @torch.no_grad()
 def infer(model: nn.Module, loader: CifarLoader, tta_level: int = 0) -> torch.Tensor:
     """float32 logits [N, 10] of the loader's images, in order, not augmented. tta_level 0: the image; 1: mean
@@ -261,8 +227,7 @@ def infer(model: nn.Module, loader: CifarLoader, tta_level: int = 0) -> torch.Te
 
     model.eval()
     loader.precompute()
-    predict = (model, mirror, mirror_translate)[tta_level]
-    images = loader.proc_images['norm']
+    predict, images = (model, mirror, mirror_translate)[tta_level], loader.proc_images['norm']
     with autocast(images.device):
         return torch.cat([predict(batch).float() for batch in images.split(loader.batch_size)])
 
@@ -274,7 +239,6 @@ def evaluate(model: nn.Module, loader: CifarLoader, tta_level: int = 0) -> float
     return accuracy(infer(model, loader, tta_level), loader.labels)
 
 # ---------------------------------------- Training ----------------------------------------
-
 def now(device: torch.device) -> float:
     """Host seconds, when the device has finished all its work."""
     if device.type == 'cuda':
@@ -294,11 +258,9 @@ def train_step(net, optimizer, images, labels, label_smoothing):
 def train(data: dict, seed: int, device: torch.device | str | None = None, net: nn.Module | None = None,
           quiet: bool = False, on_epoch=None) -> tuple[dict, nn.Module]:
     """One run from scratch on the dict of `load_data`, under hyp. Returns its record and the trained network.
-
     net: of `make_net`, perhaps compiled: reset and trained in place of a new one. quiet: evaluate only at the
     end. on_epoch(row): called after each epoch but the last, off the clock. The record: README, runs.jsonl.
-    Reseeds torch, leaves cuDNN's benchmark mode on; ValueError where the images do not fill a batch.
-    """
+    Reseeds torch, leaves cuDNN's benchmark mode on; UserError where the images do not fill a batch."""
     wall_start, opt = time.perf_counter(), hyp['opt']
     torch.backends.cudnn.benchmark = True  # shapes are fixed: try cuDNN's kernels once, keep the fastest
     device = data['train']['images'].device if device is None else torch.device(device)
@@ -316,11 +278,10 @@ def train(data: dict, seed: int, device: torch.device | str | None = None, net: 
     test_loader.precompute()  # once, on the clock, for all evaluations of the run
     init_whitening_conv(net[0], train_loader.normalize(train_loader.images[:5000]))
     lookahead = LookaheadState(net)
-    total_steps = math.ceil(len(train_loader) * opt['train_epochs'])
+    step, rows, total_steps = 0, [], math.ceil(len(train_loader) * opt['train_epochs'])
     if not total_steps:
-        raise ValueError(f"batch size {opt['batch_size']} is over {len(train_loader.images)} training images")
+        raise UserError(f"opt.batch_size={opt['batch_size']} is over the {len(train_loader.images)} images")
     seconds = now(device) - start
-    step, rows = 0, []
     while step < total_steps:
         start = now(device)
         net.train()
@@ -347,14 +308,12 @@ def train(data: dict, seed: int, device: torch.device | str | None = None, net: 
     start = now(device)
     logits = infer(net, test_loader, hyp['net']['tta_level'])
     seconds += now(device) - start
-    record = {'seed': seed, 'epochs': rows, 'tta_acc': accuracy(logits, test_loader.labels),
-              'clock_seconds': seconds, 'eval_seconds': sum(row['eval_seconds'] for row in rows),
-              'wall_seconds': time.perf_counter() - wall_start}
-    return record, net
+    return {'seed': seed, 'epochs': rows, 'tta_acc': accuracy(logits, test_loader.labels),
+            'clock_seconds': seconds, 'eval_seconds': sum(row['eval_seconds'] for row in rows),
+            'wall_seconds': time.perf_counter() - wall_start}, net
 
 # ---------------------------------------- Data files and machine ----------------------------------------
-
-class UserError(Exception):
+class UserError(ValueError):
     """What the user can mend, in one line."""
 
 def load_data(data_dir: str, device: torch.device | str | None = None) -> dict:
@@ -367,24 +326,18 @@ def load_data(data_dir: str, device: torch.device | str | None = None) -> dict:
 
 def read_cache(path: str, device: torch.device | str) -> dict:
     """A train.pt or test.pt that may be anybody's: no code in it is run, and its content is checked."""
-    fault = 'cannot be read, is truncated, is not a torch file or holds pickled code'
     try:
         zipfile.ZipFile(path).close()  # else torch.load tries older formats
         cache = torch.load(path, map_location='cpu', weights_only=True)
-        fault = "does not hold a dict of the tensors 'images' and 'labels' and the list 'classes'"
-        images, labels, classes = map(dict(cache).__getitem__, ('images', 'labels', 'classes'))
-        faults = {
-            'has images other than uint8 [N, 32, 32, 3]': images.dtype != torch.uint8 or not len(images)
-                or images.layout != torch.strided or images.shape[1:] != (32, 32, 3),
-            'has labels other than an int64 from 0 to 9 for each image': labels.dtype != torch.int64
-                or labels.shape != images.shape[:1] or not set(labels.tolist()) <= set(range(10)),
-            'has classes other than 10 names': type(classes) is str or [*map(type, classes)] != [str] * 10}
-        fault = next((text for text, found in faults.items() if found), None)
+        images, labels, classes = (cache[key] for key in ('images', 'labels', 'classes'))
+        if ((images.dtype, images.shape[1:], images.layout) != (torch.uint8, (32, 32, 3), torch.strided)
+                or (labels.dtype, labels.shape) != (torch.int64, images.shape[:1]) or not len(labels)
+                or not set(labels.tolist()) <= set(range(10)) or [*map(type, [*classes])] != [str] * 10):
+            raise ValueError
     except Exception as error:  # a damaged file fails anywhere, with any type
-        if out_of_memory(error):
-            raise
-    if fault:
-        raise UserError(f'{path} {fault}: delete it, and CIFAR-10 is downloaded again')
+        raise UserError(
+            f'{path} is damaged or holds pickled code or lacks images (uint8 [N, 32, 32, 3]), labels (int64 '
+            f'[N], 0 to 9) or 10 classes: delete it, and CIFAR-10 is downloaded again ({error})') from None
     return {'images': images.to(device), 'labels': labels.to(device), 'classes': classes}
 
 def download(data_dir: str, paths: dict):
@@ -396,300 +349,347 @@ def download(data_dir: str, paths: dict):
             from torchvision.datasets import CIFAR10  # here, as the import takes a second
             with contextlib.suppress(FileNotFoundError):  # an archive that the user put there
                 shutil.copy(os.path.join(data_dir, CIFAR10.filename), folder)
-            for split, path in paths.items():
-                if not os.path.exists(path):
-                    dataset = CIFAR10(folder, train=split == 'train', download=True)
-                    torch.save({'images': torch.from_numpy(dataset.data), 'classes': dataset.classes,
-                                'labels': torch.tensor(dataset.targets)}, os.path.join(folder, split))
-                    os.replace(os.path.join(folder, split), path)
+            for split in (split for split, path in paths.items() if not os.path.exists(path)):
+                dataset, file = CIFAR10(folder, split == 'train', download=True), os.path.join(folder, split)
+                torch.save({'images': torch.from_numpy(dataset.data), 'labels': torch.tensor(dataset.targets),
+                            'classes': dataset.classes}, file)
+                os.replace(file, paths[split])
     except Exception as error:  # network, archive and disk fail in many ways
         raise UserError(
             f'CIFAR-10 could not be downloaded to {data_dir} ({error}): put train.pt and test.pt there, or '
             'cifar-10-python.tar.gz from www.cs.toronto.edu/~kriz/cifar.html; or try --synthetic') from None
-    finally:
-        with contextlib.suppress(OSError):
-            os.rmdir(data_dir)  # goes through only where it is empty
 
 def synthetic_data(device: torch.device | str, train: int = 50000, test: int = 10000) -> dict:
-    """What `load_data` returns, made up: an image blends two of ten fixed patterns under noise; its label is
-    the stronger one's, in about one image of eleven the weaker's."""
+    """What `load_data` returns, made up: each class has a pattern, in some images faint, under noise."""
     rng, data = torch.Generator().manual_seed(94), {}
-    patterns = 40 * F.interpolate(torch.randn(10, 3, 4, 4, generator=rng), 32, mode='bicubic')
+    patterns = F.interpolate(torch.randn(10, 3, 4, 4, generator=rng), 32, mode='bicubic')
     for split, n in (('train', train), ('test', test)):
-        labels = torch.randint(10, (n,), generator=rng)
-        others = (labels + torch.randint(1, 10, (n,), generator=rng)) % 10
-        share = 0.45 + 0.55 * torch.rand(n, 1, 1, 1, generator=rng)
-        images = torch.randint(64, 192, (n, 3, 32, 32), generator=rng, dtype=torch.uint8)
-        for i in torch.arange(n).split(1000):  # in parts, to save memory
-            blend = patterns[others[i]].lerp(patterns[labels[i]], share[i])
-            images[i] = (images[i] + blend).clamp(0, 255).byte()
-        data[split] = {'images': images.permute(0, 2, 3, 1).contiguous().to(device),
-                       'labels': labels.to(device), 'classes': [f'pattern {i}' for i in range(10)]}
+        labels, contrast = torch.randint(10, (n,), generator=rng), 40 * torch.rand(n, 1, 1, 1, generator=rng)
+        images = torch.randn(n, 3, 32, 32, generator=rng).mul_(40).addcmul_(patterns[labels], contrast)
+        images = images.add_(128).clamp_(0, 255).byte().permute(0, 2, 3, 1).contiguous()
+        data[split] = {'images': images.to(device), 'labels': labels.to(device), 'classes': [*'abcdefghij']}
     return data
-
-def proc(name: str) -> str:
-    """Linux's /proc/name; empty on other systems."""
-    path = pathlib.Path('/proc', name)
-    return path.read_text() if path.exists() else ''
-
-@functools.cache
-def cpu_has_bfloat16() -> bool:
-    """Whether the CPU has bfloat16 dot products; on others bfloat16 is slower than float32."""
-    return bool(re.search('avx512_bf16|amx_bf16', proc('cpuinfo')))
 
 def pick_device(name: str) -> torch.device:
     name = ('cuda' if torch.cuda.is_available() else 'cpu') if name == 'auto' else name
-    known, count = re.fullmatch(r'cpu|cuda(:\d+)?', name), torch.cuda.device_count()
-    if not known or name != 'cpu' and int(name[5:] or 0) >= count:
-        raise UserError(f'--device {name}: choose auto, cpu, cuda or cuda:N; torch {torch.__version__} finds '
-                        f'{count} CUDA devices here')
-    return torch.device(name) if name == 'cpu' else torch.device('cuda', int(name[5:] or 0))
+    name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if name == 'cuda' else name  # torchrun: a GPU each
+    if name not in ['cpu', *map('cuda:{}'.format, range(torch.cuda.device_count()))]:
+        raise UserError(f'--device {name}: torch finds {torch.cuda.device_count()} CUDA devices and cpu')
+    return torch.device(name)
 
+@functools.cache
 def environment(device: torch.device) -> dict:
-    cpu = (re.findall(r'model name\s*: (.*)', proc('cpuinfo')) or [platform.machine()])[0]
-    facts = {'device': f'{cpu} ({torch.get_num_threads()} threads)',
-             'dtype': 'float32 under bfloat16 autocast' if cpu_has_bfloat16() else 'float32',
-             'torch': torch.__version__, 'python': platform.python_version()}
-    return facts if device.type == 'cpu' else {
-        **facts, 'device': torch.cuda.get_device_name(device), 'dtype': 'float16', 'CUDA': torch.version.cuda,
-        'cuDNN': torch.backends.cudnn.version()}
+    facts = {'torch': torch.__version__, 'python': platform.python_version()}
+    if device.type == 'cuda':
+        return {'device': torch.cuda.get_device_name(device), 'dtype': 'float16', 'CUDA': torch.version.cuda,
+                'cuDNN': str(torch.backends.cudnn.version()), **facts}
+    text = pathlib.Path('/proc/cpuinfo').read_text() if sys.platform == 'linux' else ''
+    name = [*re.findall(r'model name\s*: (.*)', text), platform.machine()][0]
+    fast = re.search('avx512_bf16|amx_bf16', text)  # without these bfloat16 is slower than float32
+    return {'device': f'{name} ({torch.get_num_threads()} threads)', **facts,
+            'dtype': 'float32' + ' under bfloat16 autocast' * bool(fast)}
 
-def warm_up(data: dict, device: torch.device, net: nn.Module | None, quiet: bool) -> float:
-    """A few steps and evaluations of every kind in a run. Returns the seconds that a run should take."""
-    opt, n = hyp['opt'], {split: len(data[split]['labels']) for split in data}
-    few = {'train': min(n['train'], 2 * opt['batch_size']), 'test': min(n['test'], 2000 + n['test'] % 2000)}
-    part = {split: {key: value[:few[split]] for key, value in data[split].items()} for split in data}
-    next(iter(CifarLoader(data, batch_size=opt['batch_size'], aug=hyp['aug'])))  # at full size
-    with overrides({'opt.train_epochs': 3.0, 'opt.whiten_bias_epochs': 1}):
-        record, _ = train(part, 0, device, net, quiet=True)
-    _, second, third = (row['clock_seconds'] for row in record['epochs'])
-    epoch, tta = (third - second) / few['train'], (record['clock_seconds'] - third) / few['test']
-    evaluations = 1 + (0 if quiet else opt['train_epochs'] / (1, 2, 6)[hyp['net']['tta_level']])  # views
-    return opt['train_epochs'] * epoch * n['train'] + evaluations * tta * n['test']
+# ---------------------------------------- Arms: what is compared ----------------------------------------
+LIMITS = {  # least and greatest value, where they are not 1 (of a float 1e-9) and 1e9
+    'opt.momentum': (1e-6, 0.9999), 'opt.weight_decay': (0, 1e9), 'opt.label_smoothing': (0, 1),
+    'opt.whiten_bias_epochs': (0, 1e9), 'aug.flip': (0, 1), 'aug.translate': (0, 31),
+    'net.batchnorm_momentum': (0, 1), 'net.tta_level': (0, 2)}
+Arm = collections.namedtuple('Arm', 'name script source hyp')  # hyp: {'opt.lr': 10.0, ...}, with every key
 
-def out_of_memory(error: Exception) -> bool:
-    signs = 'out of memory|allocate memory|ALLOC_FAILED'
-    return isinstance(error, MemoryError) or bool(re.search(signs, str(error)))
+def flat(tree: dict, prefix: str = '') -> dict:
+    """{'opt': {'lr': 10.0}} -> {'opt.lr': 10.0}."""
+    return {key: leaf for name, branch in tree.items() for key, leaf in (
+        flat(branch, f'{prefix}{name}.') if isinstance(branch, dict) else {prefix + name: branch}).items()}
 
-def explained(error: Exception, args: argparse.Namespace | None, state: dict) -> str | None:
-    """One line on an error that the user can mend. args: the command line, None if the error is in it."""
-    if isinstance(error, UserError):
-        return str(error)
-    if out_of_memory(error):
-        device, kib = pick_device(args.device), re.findall(r'MemAvailable:\s*(\d+)', proc('meminfo'))
-        free = ', '.join(f'{int(size) / 2**20:.2f} GiB free' for size in kib)
-        with contextlib.suppress(RuntimeError, ValueError):  # no GPU, or one too full to tell
-            free = f'{torch.cuda.mem_get_info(device)[0] / 2**30:.2f} GiB free'
-        return f"out of memory ({device}, batch size {state['batch']}, {free}): try --hyp opt.batch_size=512"
-    if args and args.compile and not state['begun']:
-        return '--compile failed (needs a C++ compiler, on CUDA also Triton): ' + str(error).split('\n\n')[0]
+@contextlib.contextmanager
+def overrides(values: dict, tree: dict = hyp):
+    """tree with {'opt.lr': 10.0, ...} put in; afterwards it is as before."""
+    before = copy.deepcopy(tree)
+    try:
+        for key, value in values.items():
+            *groups, name = key.split('.')
+            functools.reduce(dict.__getitem__, groups, tree)[name] = value
+        yield
+    finally:
+        tree.update(before)
 
-# ---------------------------------------- Table ----------------------------------------
+def parse_hyp(pairs: dict, known: dict) -> dict:
+    """{'opt.lr': '10', ...} -> {'opt.lr': 10.0, ...}, with keys and types of known, within LIMITS."""
+    values = {}
+    for key, text in pairs.items():
+        if key not in known:
+            raise UserError(f"{key}: no such hyperparameter; there are {', '.join(known)}")
+        kind = type(known[key])
+        low, high = LIMITS.get(key, (1 if kind is int else 1e-9, 10**9))
+        with contextlib.suppress(KeyError, ValueError):
+            values[key] = {'true': True, 'false': False}[text.lower()] if kind is bool else kind(text)
+        if not low <= values.get(key, math.nan) <= high:
+            raise UserError(f'{key}={text}: it must be {kind.__name__}, from {low} to {high}')
+    return values
 
-def t_quantile(p: float, df: int) -> float:
-    """What Student's t with df degrees of freedom stays under with probability p >= 0.5, by bisection on
-    atan(t / sqrt(df)), an angle with a density proportional to cos^(df - 1)."""
-    nodes, weights = np.polynomial.legendre.leggauss(100)
-    scale = math.exp(math.lgamma((df + 1) / 2) - math.lgamma(df / 2)) / math.sqrt(math.pi)
-    low, high = 0.0, math.pi / 2
-    for _ in range(60):
-        angle = (low + high) / 2
-        area = scale * angle / 2 * (weights @ np.cos((nodes + 1) * angle / 2) ** (df - 1))
-        low, high = (angle, high) if 0.5 + area < p else (low, angle)
-    return math.tan(low) * math.sqrt(df)
+def make_arms(args: argparse.Namespace) -> list[Arm]:
+    """This script, once for each combination of --sweep's values, then those of --versus; --hyp for all."""
+    def pairs(texts):
+        return {key: value for key, _, value in (text.partition('=') for text in texts)}
+    sweeps = ([(key, value) for value in text.split(',')] for key, text in pairs(args.sweep).items())
+    label = f'{NAME} {args.recipe}'.removesuffix(' report')
+    own = main.__code__.co_filename, label, sys.modules[__name__], RECIPES[args.recipe]
+    todo, arms = [(*own, dict(point)) for point in itertools.product(*sweeps)], []
+    for stem, _, changes in (text.partition('.py') for text in dict.fromkeys(args.versus)):
+        try:
+            spec = importlib.util.spec_from_file_location(f'versus_{len(sys.modules)}', f'{stem}.py')
+            script = sys.modules[spec.name] = importlib.util.module_from_spec(spec)  # for torch.compile
+            spec.loader.exec_module(script)
+            todo.append((f'{stem}.py', stem, script, {}, pairs(filter(None, changes[1:].split(',')))))
+            script.train, script.hyp
+        except (Exception, SystemExit) as error:
+            raise UserError(f'--versus {stem}.py: {type(error).__name__}: {error}') from None
+    for path, label, script, recipe, changes in todo:
+        name = ' '.join([label.removeprefix('airbench94_'), *map('='.join, changes.items())])
+        name += f' #{len(arms) + 1}' * (name in [arm.name for arm in arms])
+        known = {**flat(script.hyp), **recipe}
+        every = {**known, **parse_hyp({**pairs(args.hyp), **changes}, known)}
+        arms.append(Arm(name, script, ''.join(linecache.getlines(path)), every))
+    return arms
 
-def diverged(runs: list) -> list[bool]:
-    """Whose loss was not finite (None in a log) or, of three or more, is 10 points under the median."""
+# ---------------------------------------- Statistics ----------------------------------------
+def student(df: float) -> tuple[np.ndarray, np.ndarray]:
+    """t >= 0 and P(T < t) of Student's t with df degrees of freedom, on a fine grid: the density of the angle
+    atan(t / sqrt(df)) is proportional to cos^(df - 1), integrated here by the midpoint rule."""
+    angle, width = np.linspace(0, math.pi / 2, 200000, retstep=True)
+    area = np.append(0, np.cumsum(np.cos(angle[1:] - width / 2) ** (df - 1)))
+    return np.tan(angle) * math.sqrt(df), 0.5 + 0.5 * area / area[-1]
+
+def welch(a: np.ndarray, b: np.ndarray) -> tuple[float, float, float]:
+    """mean(a) - mean(b), half the width of its 95% confidence interval, and p of Welch's t-test."""
+    difference, (va, vb) = a.mean() - b.mean(), (x.var(ddof=1) / len(x) for x in (a, b))
+    if va + vb == 0:
+        return difference, 0.0, float(difference == 0)
+    df, error = (va + vb) ** 2 / (va ** 2 / (len(a) - 1) + vb ** 2 / (len(b) - 1)), math.sqrt(va + vb)
+    t, cdf = student(df)
+    return difference, np.interp(0.975, cdf, t) * error, 2 - 2 * np.interp(abs(difference) / error, t, cdf)
+
+def group(runs: list, key: str) -> dict:
+    return {name: [run for run in runs if run[key] == name] for name in dict.fromkeys(r[key] for r in runs)}
+
+def diverged(runs: list) -> list:
+    """Those with a loss that is not finite (None in a log) or, of 3 or more, 10 points under the median."""
     floor = np.median([run['tta_acc'] for run in runs]) - 0.1 if len(runs) >= 3 else 0
-    losses = [np.array([row['train_loss'] for row in run['epochs']], dtype=float) for run in runs]
-    return [run['tta_acc'] < floor or not np.isfinite(loss).all() for run, loss in zip(runs, losses)]
+    return [run for run in runs if run['tta_acc'] < floor or None in [x['train_loss'] for x in run['epochs']]]
 
 def duration(seconds: float, digits: int = 3) -> str:
     minutes, seconds = divmod(round(seconds, digits), 60)
     return f'{int(minutes)}m {seconds:0{digits + 3 if digits else 2}.{digits}f}s'
 
-def percent(accuracy: float | None) -> str:
-    return '-' if accuracy is None else f'{100 * accuracy:.2f}%'
-
-def table(runs: list, runs_per_trial: int, target: float) -> str:
-    """The report's table. Diverged runs count in every figure, and are named below it."""
-    line, runtimes, bad = '{:<10}{:<14}{:<12}{:<19}{:<7} {}'.format, [], diverged(runs)
-    lines = [line('Trial', 'Runtime', 'Clock/run', 'Accuracy   Std', f'>={target:g}%', 'Diverged')]
-    for trial in [*sorted({run['trial'] for run in runs}), 'Average']:
-        members = [i for i, run in enumerate(runs) if trial in (run['trial'], 'Average')]
-        n, accuracies = len(members), np.array([100 * runs[i]['tta_acc'] for i in members])
-        accuracy, std = f'{accuracies.mean():.2f}%', accuracies.std(ddof=1) if n > 1 else None
-        clock, runtime = (sum(runs[i][f'{kind}_seconds'] for i in members) for kind in ('clock', 'wall'))
-        if trial == 'Average':
-            half_width = '-' if std is None else f'{t_quantile(0.975, n - 1) * std / math.sqrt(n):.2f}'
-            accuracy += f" +- {half_width} (95% CI over {n} run{'s' * (n > 1)})   "
-            runtime = np.mean(runtimes) if runtimes else None
-        else:  # a stopped trial's runtime stays out of the average
-            accuracy = f"{accuracy:<11}{'-' if std is None else f'{std:.2f}'}"
-            runtimes += [runtime] * (n == runs_per_trial)
-            trial = trial if n == runs_per_trial else f'{trial} ({n}/{runs_per_trial})'
-        lines.append(line(trial, '-' if runtime is None else duration(runtime), f'{clock / n:.3f}s', accuracy,
-                          f'{sum(accuracies.round(6) >= target)}/{n}', f'{sum(bad[i] for i in members)}/{n}'))
-    return '\n'.join(lines + [f"Diverged: trial {run['trial']} run {run['run']}, {percent(run['tta_acc'])}"
-                              for run, is_bad in zip(runs, bad) if is_bad])
+def table(runs: list, target: float) -> list[str]:
+    """Report's table, a row for each trial; of several arms a row each, and differences from the last."""
+    arms, samples = group(runs, 'arm'), {}
+    bad = [run for members in arms.values() for run in diverged(members)]
+    rows = [('Trial' if len(arms) == 1 else 'Arm', 'n', 'Runtime', 'Clock/run (95% CI)', 'Accuracy (95% CI)',
+             'Std', f'>={target:g}%', 'Diverged')]
+    for name, members in ({**group(runs, 'trial'), 'Average': runs} if len(arms) == 1 else arms).items():
+        n, n_bad, wall = len(members), sum(map(bad.count, members)), sum(r['wall_seconds'] for r in members)
+        x = samples[name] = np.array([(100 * run['tta_acc'], run['clock_seconds']) for run in members])
+        (acc, clock), (std, clock_std) = x.mean(0), x.std(0, ddof=1) if n > 1 else [math.nan] * 2
+        factor = np.interp(0.975, *student(n - 1)[::-1]) / math.sqrt(n) if n > 1 else 1
+        rows.append((str(name), str(n), duration(wall / len(group(members, 'trial'))),
+                     f'{clock:.3f}s +- {factor * clock_std:.3f}', f'{acc:.2f}% +- {factor * std:.2f}',
+                     f'{std:.2f}', *(f'{k}/{n}' for k in (sum(x[:, 0].round(6) >= target), n_bad))))
+    widths = [max(map(len, cells)) for cells in zip(*rows)]
+    lines = ['  '.join(map(str.ljust, row, widths)).replace('nan', '-').rstrip() for row in rows]
+    lines += ['Diverged: {arm} trial {trial} run {run}, {tta_acc:.2%}'.format(**run) for run in bad]
+    *others, (last, b) = samples.items()
+    for name, a in others if len(arms) > 1 and min(map(len, arms.values())) > 1 else []:
+        points, half, p = welch(a[:, 0], b[:, 0])
+        ratio, spread = a[:, 1].mean() / b[:, 1].mean(), welch(*(x[:, 1] / x[:, 1].mean() for x in (a, b)))[1]
+        low, high, n = ratio / math.exp(spread), ratio * math.exp(spread), min(len(a), len(b))
+        verdict = (f': no difference in accuracy from {last} shown at n = {n}' if p >= 0.05 else
+                   f" is {abs(points):.2f} points {'more' if points > 0 else 'less'} accurate than {last}")
+        lines += [f"{name}{verdict} (p {'<' if p < 0.001 else '='} {max(p, 0.001):.3f})"
+                  + f', and it takes {ratio:.2f} of the time' * (not low <= 1 <= high),
+                  f'    {points:+.2f} points ({points - half:+.2f} to {points + half:+.2f}), '
+                  f'clock x {ratio:.3f} ({low:.3f} to {high:.3f})']
+    return lines
 
 # ---------------------------------------- Command line ----------------------------------------
-
-LIMITS = {  # the type and the range, ends included, of every hyperparameter
-    'opt.train_epochs': (0.001, 1e5), 'opt.batch_size': (1, 10**6), 'opt.lr': (1e-9, 1e9),
-    'opt.momentum': (1e-6, 0.9999), 'opt.weight_decay': (0.0, 100.0), 'opt.bias_scaler': (1e-6, 1e6),
-    'opt.label_smoothing': (0.0, 1.0), 'opt.whiten_bias_epochs': (0, 10**5), 'aug.flip': (False, True),
-    'aug.translate': (0, 31), 'net.widths.block1': (1, 8192), 'net.widths.block2': (1, 8192),
-    'net.widths.block3': (1, 8192), 'net.batchnorm_momentum': (0.0, 1.0), 'net.scaling_factor': (1e-6, 1e6),
-    'net.tta_level': (0, 2)}
-
-@contextlib.contextmanager
-def overrides(values: dict):
-    """hyp with {'opt.lr': 10.0, ...} put in; afterwards these are as before."""
-    undo = []
-    try:
-        for key, value in values.items():
-            *groups, name = key.split('.')
-            group = functools.reduce(dict.__getitem__, groups, hyp)
-            undo.append((group, name, group[name]))
-            group[name] = value
-        yield
-    finally:
-        for group, name, value in reversed(undo):
-            group[name] = value
-
-def parse_hyp(pairs: list[str]) -> dict:
-    """['opt.lr=10', ...] -> {'opt.lr': 10.0, ...}, type and range checked."""
-    values = {}
-    for key, _, text in (pair.partition('=') for pair in pairs):
-        if key not in LIMITS:
-            raise UserError(f"--hyp {key}: no such hyperparameter; there are {', '.join(LIMITS)}")
-        low, high = LIMITS[key]
-        try:
-            values[key] = {'true': True, 'false': False}[text.lower()] if low is False else type(low)(text)
-        except (KeyError, ValueError):
-            values[key] = math.nan
-        if not low <= values[key] <= high:
-            raise UserError(f'--hyp {key}={text}: it must be {type(low).__name__}, from {low} to {high}')
-    return values
-
 def parse_args(argv: list[str]) -> argparse.Namespace:
     def fail(message):
         raise UserError(f'{message} (--help shows every option)')
-    parser = argparse.ArgumentParser(
-        f'{NAME}.py', allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter,
-        description='Train CIFAR-10 networks and print runtime and accuracy.', epilog=f"""examples:
-  python {NAME}.py --trials 5 --runs 25 --quiet           the report's protocol
-  python {NAME}.py --hyp opt.lr=10 net.widths.block1=32   other hyperparameters""")
-    parser.error = fail
-    add = parser.add_argument
+    parser = argparse.ArgumentParser(f'{NAME}.py', allow_abbrev=False, epilog=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.error, add, many = fail, parser.add_argument, {'nargs': '+', 'action': 'extend', 'default': []}
     add('--trials', metavar='N', type=int, default=5, help='rows of the table (5)')
     add('--runs', metavar='N', type=int, default=1, help='trainings per trial (1); in the report 25')
     add('--seed', metavar='S', type=int, help='seed of all runs (drawn and printed)')
     add('--device', metavar='D', default='auto', help='cuda, cuda:1, cpu, or auto: CUDA where it is (auto)')
     add('--compile', action='store_true', help='torch.compile the network')
-    add('--hyp', metavar='KEY=VALUE', nargs='+', action='extend', default=[], help='other hyperparameters')
-    add('--recipe', choices=list(RECIPES), default='report', help='a named set of hyperparameters (report)')
+    add('--hyp', metavar='KEY=VALUE', **many, help='other hyperparameters, in all arms')
+    add('--recipe', choices=RECIPES, default='report', help='a named set of hyperparameters (report)')
+    add('--versus', metavar='SCRIPT[:KEY=VALUE,...]', **many, help='compare with this')
+    add('--sweep', metavar='KEY=A,B,...', **many, help='compare these values')
     add('--data-dir', metavar='DIR', default='cifar10', help='has train.pt, test.pt; or gets them (cifar10)')
     add('--log-dir', metavar='DIR', default='logs', help='gets a folder per experiment (logs)')
+    add('--resume', metavar='DIR', help='finish the experiment of this log folder, with its options')
     add('--target', metavar='PCT', type=float, default=94.0, help='accuracy in percent to count from (94)')
     add('--quiet', action='store_true', help='one row per run: no evaluation after each epoch')
     add('--synthetic', action='store_true', help='generated images in place of CIFAR-10')
-    args = parser.parse_args(argv)
+    resume = parser.parse_args(argv).resume  # what is not given again is as in the log
+    args = parser.parse_args([*(read_log(resume)[0]['command'][1:] if resume else []), *argv])
     for name, low, high in ('trials', 1, 10**9), ('runs', 1, 10**9), ('seed', 0, 2**64), ('target', 0, 100):
-        value = getattr(args, name)
-        if value is not None and not low <= value <= high:
-            raise UserError(f'--{name} {value}: it must be from {low} to {high}')
+        if getattr(args, name) is not None and not low <= getattr(args, name) <= high:
+            raise UserError(f'--{name} {getattr(args, name)}: it must be from {low} to {high}')
     return args
 
 def write_log(folder: str, name: str, text: str):
-    """Append text, and be sure that it is on the disk."""
     try:
         os.makedirs(folder, exist_ok=True)
         with open(os.path.join(folder, name), 'a', encoding='utf-8') as file:
             file.write(text)
             file.flush()
-            os.fsync(file.fileno())
+            os.fsync(file.fileno())  # before its row is printed
     except OSError as error:
         raise UserError(f'cannot write {os.path.join(folder, name)}: {error.strerror}') from None
 
+def read_log(folder: str) -> tuple[dict, list]:
+    """experiment.json and the runs of all processes, without a line that a kill cut off."""
+    try:
+        text = pathlib.Path(folder, 'experiment.json').read_text('utf-8')
+        files = [file.read_text('utf-8') for file in sorted(pathlib.Path(folder).glob('runs*.jsonl'))]
+        return json.loads(text), [json.loads(line) for file in files for line in file.split('\n')[:-1]]
+    except (OSError, ValueError) as error:
+        raise UserError(f'{folder} is no log folder: {error}') from None
+
+def open_log(args: argparse.Namespace, content: dict, code: dict) -> tuple[str, list]:
+    """A new log folder, or --resume's if it is of the same experiment; the runs in it."""
+    folder = args.resume or os.path.join(args.log_dir, f"{content['started']}-{NAME}-{secrets.token_hex(3)}")
+    files = {'experiment.json': json.dumps(content, indent=1), **code}
+    if not args.resume:
+        for name, text in files.items():
+            write_log(folder, name, text)
+        return folder, []
+    logged, runs = read_log(folder)
+    logged.update((key, content[key]) for key in ('command', 'started', 'environment', 'data'))  # may differ
+    for name, text in files.items():
+        old = pathlib.Path(folder, name).read_text('utf-8') if name in code else json.dumps(logged, indent=1)
+        changes = [*difflib.unified_diff(old.splitlines(), text.splitlines(), n=0, lineterm='')][2:]
+        if changes:
+            raise UserError(f"--resume {folder}: {name} differs: {' '.join(changes[:9])}")
+    for file in pathlib.Path(folder).glob('runs*.jsonl'):  # else the next line would join what a kill cut off
+        os.truncate(file, file.read_bytes().rfind(b'\n') + 1)
+    return folder, runs
+
+def warm_up(arm: Arm, data: dict, device: torch.device, net: nn.Module | None) -> float:
+    """A few steps and evaluations of every kind in a run. Returns the seconds that its epochs should take."""
+    few = {'train': 2 * arm.hyp['opt.batch_size'], 'test': 2000 + len(data['test']['labels']) % 2000}
+    part = {split: {key: value[:few[split]] for key, value in data[split].items()} for split in few}
+    with overrides({'opt.train_epochs': 0.001, 'net.tta_level': 0}, arm.script.hyp):  # loader at full size
+        arm.script.train({**data, 'test': part['test']}, 0, device, net, quiet=True)
+    with overrides({'opt.train_epochs': 3.0, 'opt.whiten_bias_epochs': 1}, arm.script.hyp):
+        record, _ = arm.script.train(part, 0, device, net, quiet=True)
+    _, second, third = (row['clock_seconds'] for row in record['epochs'])
+    epoch = (third - second) * len(data['train']['labels']) / len(part['train']['labels'])
+    return arm.hyp['opt.train_epochs'] * epoch
+
 def experiment(args: argparse.Namespace, argv: list[str], runs: list, state: dict):
     """Make all runs; append their records to runs and to the log; print rows and table. state is for main."""
-    device, say = pick_device(args.device), functools.partial(print, flush=True)
-    line = '{:>5} {:>4} {:>6} {:>11} {:>10} {:>9} {:>9} {:>11} {:>10}'.format
-    epochs, state['batch'] = hyp['opt']['train_epochs'], hyp['opt']['batch_size']
-    data = synthetic_data(device) if args.synthetic else load_data(args.data_dir, device)
-    n_train, n_test = (len(data[split]['labels']) for split in ('train', 'test'))
-    if state['batch'] > n_train:
-        raise UserError(f"opt.batch_size={state['batch']} is over the {n_train} training images")
-    source = 'synthetic images' if args.synthetic else args.data_dir
-    seed, n_runs = secrets.randbits(32) if args.seed is None else args.seed, args.trials * args.runs
-    title = f'{NAME}, recipe {args.recipe}, {source} ({n_train} to train on, {n_test} to test), seed {seed}'
-    machine, utc = environment(device), datetime.datetime.now(datetime.timezone.utc)
-    folder = os.path.join(args.log_dir, f'{utc:%Y%m%dT%H%M%SZ}-{NAME}-{secrets.token_hex(3)}')
+    device, arms, rank, world, shared = pick_device(args.device), make_arms(args), 0, 1, [None]
+    if 'TORCHELASTIC_RUN_ID' in os.environ:  # torchrun
+        distributed.init_process_group('gloo', timeout=datetime.timedelta(days=30))
+        rank, world = distributed.get_rank(), distributed.get_world_size()
+    say = functools.partial(print, flush=True) if rank == 0 else lambda *_, **__: None
+    load = synthetic_data if args.synthetic else functools.partial(load_data, args.data_dir)
+    source, machine = 'synthetic images' if args.synthetic else args.data_dir, {**environment(device)}
+    if rank == 0:  # prepares data and log; the others wait for the broadcast
+        data, utc = load(device=device), datetime.datetime.now(datetime.timezone.utc)
+        seed = secrets.randbits(32) if args.seed is None else args.seed
+        shared = [(seed, *open_log(args, {
+            'schema': 2, 'script': NAME, 'command': [f'{NAME}.py', *argv, '--seed', str(seed)], 'seed': seed,
+            'started': f'{utc:%Y%m%dT%H%M%SZ}', 'data': source, 'environment': machine, 'recipe': args.recipe,
+            'hyp': hyp, 'labels_crc32': {x: zlib.crc32(data[x]['labels'].cpu().numpy()) for x in data},
+            'arms': [{'name': arm.name, 'hyp': arm.hyp} for arm in arms]},
+            {f"code{i or ''}.py": arm.source for i, arm in enumerate(arms)}))]
+    if world > 1:
+        distributed.broadcast_object_list(shared)
+        data = data if rank == 0 else load(device=device)
+    seed, folder, runs[:] = shared[0]
+    names, n_train, n_test = [arm.name for arm in arms], *(len(data[x]['labels']) for x in ('train', 'test'))
+    title = f"{', '.join(names)}: {source} ({n_train} to train on, {n_test} to test), seed {seed}"
+    made = {(run['trial'], run['run'], run['arm']) for run in runs}
+    todo = [[(trial, run, arm) for arm in arms if (trial, run, arm.name) not in made]
+            for trial, run in itertools.product(range(1, args.trials + 1), range(1, args.runs + 1))]
+    todo = [*itertools.chain(*[*filter(None, todo)][rank::world])]  # all arms of a run in one process
+    line = '{:>5} {:>4} {:>6} {:>11} {:>10} {:>9} {:>9} {:>11} {:>10}  {}'.format
+    start, seconds, nets = time.perf_counter(), 0, {}
     try:
-        write_log(folder, 'code.py', ''.join(linecache.getlines(main.__code__.co_filename)))
-        write_log(folder, 'experiment.json', json.dumps({
-            'schema': 1, 'script': NAME, 'command': [f'{NAME}.py', *argv], 'started': utc.isoformat(),
-            'options': vars(args), 'recipe': args.recipe, 'hyp': hyp, 'seed': seed, 'data': source,
-            'train_images': n_train, 'test_images': n_test, 'environment': machine}, indent=1))
         say(title, 'Warming up', sep='\n')
-        start, net = time.perf_counter(), make_net(device) if args.compile else None
-        if args.compile:
-            torch.compiler.reset()  # forget what an earlier call in this process compiled
-            net.compile(dynamic=False)
-        seconds = warm_up(data, device, net, args.quiet)
+        torch.compiler.reset()  # forget what an earlier call in this process compiled
+        for arm in arms if todo else []:
+            state['batch'] = arm.hyp['opt.batch_size']
+            with overrides(arm.hyp, arm.script.hyp):
+                nets[arm.name] = net = arm.script.make_net(device) if args.compile else None
+                net and net.compile(dynamic=False)
+                seconds += warm_up(arm, data, device, net) / len(arms)
         machine['warm-up'] = duration(time.perf_counter() - start)
         if device.type == 'cuda':
             torch.cuda.reset_peak_memory_stats(device)
         else:
-            one, whole, short = (duration(seconds * factor, 0) for factor in (1, n_runs, 1 / epochs))
-            say(f"No GPU in use: on {machine['device']} a run takes about {one}, the whole command {whole}. "
-                f"Shorter: python {shlex.join([f'{NAME}.py', *argv])} --trials 1 --runs 1 "
-                f'--hyp opt.train_epochs=1, about {short}.')
-        say(line('trial', 'run', 'epoch', 'train loss', 'train acc', 'test acc', 'tta acc', 'clock', 'left'))
+            say(f'No GPU: about {duration(seconds, 0)} a run, {duration(seconds * len(todo), 0)} all. Shorter:',
+                shlex.join(['python', f'{NAME}.py', *argv]), '--trials 1 --runs 1 --hyp opt.train_epochs=1')
+        say(line(*'trial,run,epoch,train loss,train acc,test acc,tta acc,clock,left,arm'.split(',')))
         state['begun'], start = True, time.perf_counter()
-        def show(row, clock_seconds, tta_acc=''):
-            done = len(runs) + (0 if tta_acc else min(1, row['epoch'] / epochs))
-            left = duration((time.perf_counter() - start) * (n_runs / done - 1), 0)
-            loss = f"{row['train_loss']:.4f}" if math.isfinite(row['train_loss']) else 'diverged'
-            say(line(trial, run, row['epoch'], loss, percent(row['train_acc']), percent(row['test_acc']),
-                     tta_acc, f'{clock_seconds:.3f}s', left))
-        for trial, run in itertools.product(range(1, args.trials + 1), range(1, args.runs + 1)):
+        for done, (trial, run, arm) in enumerate(todo):
+            def show(row, tta_acc='', clock=None):
+                share = (done + min(1, row['epoch'] / arm.hyp['opt.train_epochs'])) / len(todo)
+                left = duration((time.perf_counter() - start) * (1 / share - 1), 0)
+                say(line(trial, run, row['epoch'], re.sub('nan|inf', 'diverged', f"{row['train_loss']:.4f}"),
+                         f"{row['train_acc']:.2%}", '-' if args.quiet else f"{row['test_acc']:.2%}", tta_acc,
+                         f"{clock or row['clock_seconds']:.3f}s", left, arm.name))
             run_seed = int(np.random.SeedSequence([seed, trial, run]).generate_state(1)[0])
-            on_epoch = None if args.quiet else lambda row: show(row, row['clock_seconds'])
-            record, _ = train(data, run_seed, device, net, args.quiet, on_epoch)
-            text = json.dumps({'trial': trial, 'run': run, 'data': source, **record})
+            with overrides(arm.hyp, arm.script.hyp):
+                record, _ = arm.script.train(
+                    data, run_seed, device, nets[arm.name], args.quiet, None if args.quiet else show)
+            text = json.dumps({'arm': arm.name, 'trial': trial, 'run': run, 'data': source, **record})
             runs.append(json.loads(text, parse_constant=lambda name: None))  # NaN, Infinity -> null
-            write_log(folder, 'runs.jsonl', json.dumps(runs[-1]) + '\n')
-            show(record['epochs'][-1], record['clock_seconds'], percent(record['tta_acc']))
+            write_log(folder, f"runs{rank or ''}.jsonl", json.dumps(runs[-1]) + '\n')
+            show(record['epochs'][-1], f"{record['tta_acc']:.2%}", record['clock_seconds'])
+        if world > 1:
+            distributed.barrier()
     finally:
+        machine['elapsed'] = duration(time.perf_counter() - start)
         if device.type == 'cuda':
             machine['peak memory'] = f'{torch.cuda.max_memory_allocated(device) / 2 ** 30:.2f} GiB'
+        runs += [run for run in read_log(folder)[1] if run not in runs]  # of the other processes
+        mean = {name: np.mean([run['tta_acc'] for run in x]) for name, x in group(runs, 'arm').items()}
+        swept = sum(arm.script is arms[0].script for arm in arms)
+        names = sorted(names[:swept], key=lambda name: -mean.get(name, 0)) + names[swept:]  # best first
+        runs.sort(key=lambda run: (names.index(run['arm']), run['trial'], run['run']))
         if runs:
-            facts = ', '.join(f'{name} {fact}' for name, fact in machine.items())
-            say('', title, table(runs, args.runs, args.target), facts, f'Log: {folder}', sep='\n')
-        else:
+            say('', title, *table(runs, args.target), ', '.join(map(' '.join, machine.items())),
+                f'Log: {folder}', sep='\n')
+        elif world == 1:
             shutil.rmtree(folder, ignore_errors=True)
 
 def main(argv: list[str] | None = None) -> list[dict]:
-    """The command line: argv, by default the process's own, in a notebook none. Returns the finished runs.
-    What the user can mend is one printed line; it ends the process, unless that is a notebook, with status 2
-    if it was found before the first run, else with 1. Ctrl-C: 130."""
-    notebook, runs, args, state = hasattr(builtins, '__IPYTHON__'), [], None, {'begun': False}
+    """The command line: argv, by default the process's own, in a notebook none. Returns the finished runs. An
+    error that the user can mend is one line and, outside notebooks, status 2; 1 after the first run began."""
+    notebook, runs, args, state = hasattr(builtins, '__IPYTHON__'), [], None, {'begun': False, 'batch': 0}
     argv = ([] if notebook else sys.argv[1:]) if argv is None else argv
     try:
         args = parse_args(argv)
-        with overrides({**RECIPES[args.recipe], **parse_hyp(args.hyp)}):
-            experiment(args, argv, runs, state)
+        experiment(args, argv, runs, state)
         return runs
     except KeyboardInterrupt:
-        status, message = 130, f'stopped after {len(runs)} finished runs'
+        status, message = 130, f'stopped after {len(runs)} finished runs (--resume goes on)'
     except SystemExit:  # --help
         return runs
     except Exception as error:
-        status, message = 1 if state['begun'] else 2, explained(error, args, state)
-        if message is None:
+        status, message = 1 if state['begun'] else 2, str(error).split('\n\n')[0]
+        if isinstance(error, MemoryError) or re.search('out of memory|allocate memory|ALLOC_FAILED', message):
+            free = os.sysconf('SC_AVPHYS_PAGES') * os.sysconf('SC_PAGE_SIZE') >> 20  # torch tells a GPU's
+            message = f'out of memory, {free} MiB free: try under opt.batch_size={state["batch"]}. {message}'
+        elif args and args.compile and not state['begun'] and not isinstance(error, UserError):
+            message = f'--compile failed (needs a C++ compiler, on CUDA also Triton): {message}'
+        elif not isinstance(error, UserError):
             raise
     print(f"{NAME}: {' '.join(message.split())}", file=sys.stderr)
     if not notebook:
