@@ -630,7 +630,7 @@ def experiment(args: argparse.Namespace, argv: list[str], runs: list, state: dic
         if device.type == 'cuda':
             torch.cuda.reset_peak_memory_stats(device)
         else:
-            say(f'No GPU: about {duration(seconds, 0)} a run, {duration(seconds * len(todo), 0)} all. Shorter:',
+            say(f'No GPU: about {duration(seconds, 0)} a run, {duration(seconds * len(todo), 0)} all. Try:',
                 shlex.join(['python', f'{NAME}.py', *argv]), '--trials 1 --runs 1 --hyp opt.train_epochs=1')
         say(line(*'trial,run,epoch,train loss,train acc,test acc,tta acc,clock,left,arm'.split(',')))
         state['begun'], start = True, time.perf_counter()
