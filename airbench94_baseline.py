@@ -59,8 +59,7 @@ class CifarLoader:
     aug: {'flip': bool, 'translate': pixels}. Yields images [B, 3, 32, 32], float16 on CUDA, else float32,
     channels_last, and int64 labels [B]. Draws flips, then per epoch offsets and permutation. images: [N, 3,
     32, 32] in [0, 1], not normalized. The next iteration takes newly assigned (not edited) images and labels,
-    or raises ValueError where their lengths differ.
-    The first `__iter__` fills proc_images; every epoch crops and mirrors a copy of all images."""
+    or raises ValueError if they differ in number. The first `__iter__` fills proc_images."""
     def __init__(self, path, train=True, batch_size=500, aug=None, drop_last=None, shuffle=None, device=None):
         split = (path if isinstance(path, dict) else load_data(path, device))['train' if train else 'test']
         device = split['images'].device if device is None else torch.device(device)
@@ -420,7 +419,7 @@ def parse_hyp(pairs: dict, known: dict) -> dict:
         low, high = LIMITS.get(key, (1 if kind is int else 1e-9, 10**9))
         with contextlib.suppress(KeyError, ValueError):
             values[key] = {'true': True, 'false': False}[text.lower()] if kind is bool else kind(text)
-        if not low <= values.get(key, math.nan) <= high:
+        if kind is not str and not low <= values.get(key, math.nan) <= high:
             raise UserError(f'{key}={text}: it must be {kind.__name__}, from {low} to {high}')
     return values
 
@@ -446,7 +445,7 @@ def make_arms(args: argparse.Namespace) -> list[Arm]:
         name += f' #{len(arms) + 1}' * (name in [arm.name for arm in arms])
         known = {**flat(script.hyp), **recipe}
         every = {**known, **parse_hyp({**pairs(args.hyp), **changes}, known)}
-        arms.append(Arm(name, script, ''.join(linecache.getlines(path)), every))
+        arms.append(Arm(name, script, ''.join(linecache.checkcache(path) or linecache.getlines(path)), every))
     return arms
 
 # ---------------------------------------- Statistics ----------------------------------------
@@ -493,7 +492,7 @@ def table(runs: list, target: float) -> list[str]:
                      f'{clock:.3f}s +- {factor * clock_std:.3f}', f'{acc:.2f}% +- {factor * std:.2f}',
                      f'{std:.2f}', *(f'{k}/{n}' for k in (sum(x[:, 0].round(6) >= target), n_bad))))
     widths = [max(map(len, cells)) for cells in zip(*rows)]
-    lines = ['  '.join(map(str.ljust, row, widths)).replace('nan', '-').rstrip() for row in rows]
+    lines = [re.sub(r'\bnan\b', '-', '  '.join(map(str.ljust, row, widths)).rstrip()) for row in rows]
     lines += ['Diverged: {arm} trial {trial} run {run}, {tta_acc:.2%}'.format(**run) for run in bad]
     *others, (last, b) = samples.items()
     for name, a in others if len(arms) > 1 and min(map(len, arms.values())) > 1 else []:
@@ -619,7 +618,9 @@ def experiment(args: argparse.Namespace, argv: list[str], runs: list, state: dic
     start, seconds, nets = time.perf_counter(), 0, {}
     try:
         say(title, 'Warming up', sep='\n')
-        torch.compiler.reset()  # forget what an earlier call in this process compiled
+        if args.compile:
+            torch.compiler.reset()  # forget what an earlier call in this process compiled
+            torch._dynamo.config.cache_size_limit = 8 * len(arms)  # else 8 for all together; more run eager
         for arm in arms if todo else []:
             state['batch'] = arm.hyp['opt.batch_size']
             with overrides(arm.hyp, arm.script.hyp):
@@ -649,8 +650,7 @@ def experiment(args: argparse.Namespace, argv: list[str], runs: list, state: dic
             runs.append(json.loads(text, parse_constant=lambda name: None))  # NaN, Infinity -> null
             write_log(folder, f"runs{rank or ''}.jsonl", json.dumps(runs[-1]) + '\n')
             show(record['epochs'][-1], f"{record['tta_acc']:.2%}", record['clock_seconds'])
-        if world > 1:
-            distributed.barrier()
+        world > 1 and distributed.barrier()
     finally:
         machine['elapsed'] = duration(time.perf_counter() - start)
         if device.type == 'cuda':
@@ -663,7 +663,7 @@ def experiment(args: argparse.Namespace, argv: list[str], runs: list, state: dic
         if runs:
             say('', title, *table(runs, args.target), ', '.join(map(' '.join, machine.items())),
                 f'Log: {folder}', sep='\n')
-        elif world == 1:
+        elif world == 1 and not args.resume:
             shutil.rmtree(folder, ignore_errors=True)
 
 def main(argv: list[str] | None = None) -> list[dict]:

@@ -56,6 +56,12 @@ def data_dir(data, tmp_path_factory):
     return folder
 
 
+def set_autocast(monkeypatch, script, enabled):
+    """Make a script believe that its CPU gains from bfloat16, or that it does not."""
+    dtype = 'float32 under bfloat16 autocast' if enabled else 'float32'
+    monkeypatch.setattr(script, 'environment', lambda device: {'dtype': dtype})
+
+
 def command(name, *args):
     """The command line of a script, for subprocess."""
     return [sys.executable, str(ROOT / f'{name}.py'), *map(str, args)]

@@ -258,19 +258,24 @@ def assert_download_failed(result, folder):
     assert all(word in line for word in (str(folder), 'train.pt', 'test.pt', ARCHIVE))
 
 
+def assert_empty(folder):
+    assert os.listdir(folder.parent) == [folder.name] and not os.listdir(folder)
+
+
 @pytest.mark.parametrize('fault', ['wrong MD5', 'cut connection'])
-def test_failed_download_is_one_line_and_leaves_nothing(call, patched, server, tmp_path, fault):
+def test_failed_download_is_one_line_and_leaves_no_file(call, patched, server, tmp_path, fault):
     server.handler.cut = fault == 'cut connection'
     patched(url=server.url, **({'tgz_md5': '0' * 32} if fault == 'wrong MD5' else {}))
     result = call('--data-dir', 'here', *NARROW_ARGS)
     assert_download_failed(result, 'here')
-    assert server.requests and not os.listdir(tmp_path)
+    assert server.requests
+    assert_empty(tmp_path / 'here')
 
 
 def test_without_network_the_message_says_which_files_go_where(call, patched, closed_port, tmp_path):
     patched(url=f'http://127.0.0.1:{closed_port}/{ARCHIVE}')
     assert_download_failed(call('--data-dir', 'here', *NARROW_ARGS), 'here')
-    assert not os.listdir(tmp_path)
+    assert_empty(tmp_path / 'here')
 
 
 def test_failed_download_keeps_what_the_user_has(baseline, patched, closed_port, data_dir, tmp_path):
@@ -281,14 +286,14 @@ def test_failed_download_keeps_what_the_user_has(baseline, patched, closed_port,
     assert os.listdir(tmp_path) == ['train.pt']
 
 
-def test_ctrl_c_in_a_download_leaves_nothing(call, monkeypatch, tmp_path):
+def test_ctrl_c_in_a_download_leaves_no_file(call, monkeypatch, tmp_path):
     class Interrupted(torchvision.datasets.CIFAR10):
         def __init__(self, *args, **kwargs):
             raise KeyboardInterrupt
 
     monkeypatch.setattr(torchvision.datasets, 'CIFAR10', Interrupted)
     assert_refused(call('--data-dir', 'here', *NARROW_ARGS), 130)
-    assert not os.listdir(tmp_path)
+    assert_empty(tmp_path / 'here')
 
 
 def test_unwritable_data_directory_is_refused(call, tmp_path):
@@ -375,8 +380,8 @@ def test_synthetic_classes_can_be_learned(synthetic, images_to_test, class_means
     assert (nearest == synthetic['test']['labels']).float().mean() > 0.5
 
 
-def test_one_synthetic_label_in_eleven_is_the_weaker_pattern(synthetic, images_to_test, class_means):
+def test_some_synthetic_images_are_too_faint_to_classify(synthetic, images_to_test, class_means):
     center = class_means.mean(0)
-    strengths = torch.linalg.lstsq((class_means - center).T, (images_to_test - center).T).solution
-    wrong = strengths.argmax(0) != synthetic['test']['labels']
-    assert wrong.float().mean().item() == pytest.approx(1 / 11, abs=0.04)  # 3 standard deviations
+    directions = torch.nn.functional.normalize(class_means - center)
+    best = ((images_to_test - center) @ directions.T).argmax(1)  # with no more to know than the patterns
+    assert 0.9 < (best == synthetic['test']['labels']).float().mean() < 0.99

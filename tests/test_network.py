@@ -4,6 +4,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from conftest import set_autocast
+
 SIZES = {'airbench94_baseline': 1_972_792, 'airbench94_modified': 1_972_792 + 83_456}
 
 
@@ -20,7 +22,7 @@ def net(script):
 @pytest.fixture
 def float32(script, monkeypatch):
     """Each script without autocast."""
-    monkeypatch.setattr(script, 'cpu_has_bfloat16', lambda: False)
+    set_autocast(monkeypatch, script, False)
     return script
 
 
@@ -253,7 +255,7 @@ def test_infer_changes_nothing_in_the_network(float32, trained, loader):
 
 @pytest.mark.parametrize('bfloat16', [False, True])
 def test_infer_returns_float32_without_a_graph(bfloat16, script, trained, loader, monkeypatch):
-    monkeypatch.setattr(script, 'cpu_has_bfloat16', lambda: bfloat16)
+    set_autocast(monkeypatch, script, bfloat16)
     logits = script.infer(trained, loader, 2)
     assert (logits.shape, logits.dtype, logits.requires_grad) == ((100, 10), torch.float32, False)
 

@@ -238,7 +238,7 @@ def batch(narrow, data):
 
 @pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16], ids=str)
 def test_the_loss_is_label_smoothed_cross_entropy_summed_in_float32(dtype, narrow, batch, monkeypatch):
-    monkeypatch.setattr(narrow, 'cpu_has_bfloat16', lambda: dtype == torch.bfloat16)
+    set_autocast(monkeypatch, narrow, dtype == torch.bfloat16)
     net = narrow.make_net()
     loss, logits = narrow.train_step(net, narrow.make_optimizer(net), *batch, 0.2)
     assert (logits.dtype, loss.dtype) == (dtype, torch.float32)
@@ -246,7 +246,7 @@ def test_the_loss_is_label_smoothed_cross_entropy_summed_in_float32(dtype, narro
 
 
 def test_a_step_descends_the_summed_loss_whatever_gradients_were_left(narrow, batch, monkeypatch):
-    monkeypatch.setattr(narrow, 'cpu_has_bfloat16', lambda: False)
+    set_autocast(monkeypatch, narrow, False)
     net = narrow.make_net()
     reference = copy.deepcopy(net)
     smoothed_cross_entropy(reference(batch[0]), batch[1], 0.2).backward()

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import NARROW, NARROW_ARGS, ROOT, environment
+from conftest import NARROW, NARROW_ARGS, ROOT, environment, set_autocast
 
 TIMES = ('clock_seconds', 'eval_seconds', 'wall_seconds')
 
@@ -239,7 +239,7 @@ def test_a_narrow_network_learns(script):
 def compiled(monkeypatch):
     """compiled(script, **kwargs): a compiled network, as main's --compile makes it, in float32."""
     def compiled(script, **kwargs):
-        monkeypatch.setattr(script, 'cpu_has_bfloat16', lambda: False)
+        set_autocast(monkeypatch, script, False)
         net = script.make_net()
         net.compile(dynamic=False, **kwargs)
         return net
@@ -268,6 +268,6 @@ def test_after_the_warm_up_nothing_is_compiled(quiet, epochs, test, tta_level, c
     data, net = narrow.synthetic_data('cpu', 256, test), compiled(narrow, backend='eager')  # traced alike
     values = {'opt.train_epochs': epochs, 'opt.whiten_bias_epochs': 1, 'net.tta_level': tta_level}
     with narrow.overrides(values):
-        narrow.warm_up(data, torch.device('cpu'), net, quiet)
+        narrow.warm_up(narrow.Arm('it', narrow, '', narrow.flat(narrow.hyp)), data, torch.device('cpu'), net)
         with torch._dynamo.config.patch(error_on_recompile=True):
             narrow.train(data, 1, 'cpu', net, quiet)

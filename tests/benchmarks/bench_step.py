@@ -22,8 +22,8 @@ import airbench94_modified as modified
 def matmul_rate(device):
     """FLOP per second of a square matrix product in the dtype of the convolutions, best of ten."""
     size = 8192 if device.type == 'cuda' else 2048
-    low = torch.float16 if device.type == 'cuda' else torch.bfloat16
-    dtype = low if device.type == 'cuda' or baseline.cpu_has_bfloat16() else torch.float32
+    names = baseline.environment(device)['dtype'].split()  # 'float32 under bfloat16 autocast'
+    dtype = next(getattr(torch, name) for name in ('float16', 'bfloat16', 'float32') if name in names)
     a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
     best = float('inf')
     for _ in range(10):
