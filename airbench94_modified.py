@@ -334,9 +334,9 @@ def read_cache(path: str, device: torch.device | str) -> dict:
                 or not set(labels.tolist()) <= set(range(10)) or [*map(type, [*classes])] != [str] * 10):
             raise ValueError
     except Exception as error:  # a damaged file fails anywhere, with any type
-        raise UserError(
-            f'{path} is damaged or holds pickled code or lacks images (uint8 [N, 32, 32, 3]), labels (int64 '
-            f'[N], 0 to 9) or 10 classes: delete it, and CIFAR-10 is downloaded again ({error})') from None
+        raise error if re.search('MemoryError|allocate memory', repr(error)) else UserError(
+            f'{path} is damaged, holds pickled code or lacks images (uint8 [N, 32, 32, 3]), labels (int64 [N] '
+            'from 0 to 9) or 10 class names: delete it, and CIFAR-10 is downloaded again') from None
     return {'images': images.to(device), 'labels': labels.to(device), 'classes': classes}
 
 def download(data_dir: str, paths: dict):
@@ -686,7 +686,7 @@ def main(argv: list[str] | None = None) -> list[dict]:
         status, message = 1 if state['begun'] else 2, str(error).split('\n\n')[0]
         if isinstance(error, MemoryError) or re.search('out of memory|allocate memory|ALLOC_FAILED', message):
             free = os.sysconf('SC_AVPHYS_PAGES') * os.sysconf('SC_PAGE_SIZE') >> 20  # torch tells a GPU's
-            message = f'out of memory, {free} MiB free: try under opt.batch_size={state["batch"]}. {message}'
+            message = f'out of memory at batch size {state["batch"]}, {free} MiB free: try less. {message}'
         elif args and args.compile and not state['begun'] and not isinstance(error, UserError):
             message = f'--compile failed (needs a C++ compiler, on CUDA also Triton): {message}'
         elif not isinstance(error, UserError):
