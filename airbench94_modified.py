@@ -335,8 +335,8 @@ def read_cache(path: str, device: torch.device | str) -> dict:
             raise ValueError
     except Exception as error:  # a damaged file fails anywhere, with any type
         raise error if re.search('MemoryError|allocate memory', repr(error)) else UserError(
-            f'{path} is damaged, holds pickled code or lacks images (uint8 [N, 32, 32, 3]), labels (int64 [N] '
-            'from 0 to 9) or 10 class names: delete it, and CIFAR-10 is downloaded again') from None
+            f'{path} is damaged, holds pickled code or lacks images (uint8 [N, 32, 32, 3]), labels (int64 '
+            '[N], 0 to 9) or 10 class names: delete it, and CIFAR-10 is downloaded again') from None
     return {'images': images.to(device), 'labels': labels.to(device), 'classes': classes}
 
 def download(data_dir: str, paths: dict):

@@ -17,6 +17,7 @@ SMALLER = {  # patterns in the source -> what makes a run of a second of them
     r"('train_epochs'): [\d.]+": r'\1: 2.0', r"('batch_size'): \d+": r'\1: 64',
     r"('block[123]'): \d+": r'\1: 8'}
 FINISHED_RUN = re.compile(r'^ +1 +1 +2 .*%.*%.*%', re.M)  # the row that ends run 1 of trial 1
+AVERAGE = re.compile(r'^Average +(\d+) .*%', re.M)  # the table's last row: of how many runs
 
 
 class Client(NotebookClient):
@@ -77,7 +78,7 @@ def test_pasted_cell_runs_the_defaults(notebook):
     first = notebook.first
     assert not first.errors and not first.err
     assert FINISHED_RUN.search(first.out)
-    assert 'over 5 runs)' in first.out and re.search(r'^Log: logs/', first.out, re.M)
+    assert AVERAGE.findall(first.out) == ['5'] and re.search(r'^Log: logs/', first.out, re.M)
 
 
 def test_kernel_had_arguments_of_its_own(notebook):
@@ -92,14 +93,17 @@ def test_logged_code_is_the_pasted_cell(notebook):
 def test_overrides_of_a_later_cell_are_undone(notebook):
     default = notebook.run("before = json.dumps(hyp); hyp['opt']['lr']").result
     later = notebook.run("runs = main(['--trials', '1', '--hyp', 'opt.lr=10']); len(runs)")
-    assert not later.errors and later.result == '1' and 'over 1 run)' in later.out
+    assert not later.errors and later.result == '1' and AVERAGE.findall(later.out) == ['1']
+    log = notebook.folder / re.search(r'^Log: (.*)$', later.out, re.M)[1]
+    arm, = json.loads((log / 'experiment.json').read_text())['arms']
+    assert arm['hyp']['opt.lr'] == 10
     assert notebook.run("hyp['opt']['lr']").result == default != '10.0'
     assert notebook.run('json.dumps(hyp) == before').result == 'True'
 
 
 def test_main_runs_the_defaults_again(notebook):
     again = notebook.run('len(main())')
-    assert not again.errors and again.result == '5' and 'over 5 runs)' in again.out
+    assert not again.errors and again.result == '5' and AVERAGE.findall(again.out) == ['5']
 
 
 def test_error_is_one_line_and_raises_nothing(notebook):
@@ -124,6 +128,7 @@ record['tta_acc'] == evaluate(net, CifarLoader('cifar10', train=False, device='c
 def test_interrupt_prints_the_table_and_one_line_and_the_kernel_lives(notebook):
     stopped = notebook.run("runs = main(['--trials', '1000'])", interrupt=FINISHED_RUN)
     assert not stopped.errors
-    assert re.search(r'^Average .* over \d+ run', stopped.out, re.M) and 'Log: ' in stopped.out
     assert stopped.err.count('\n') == 1 and 'stopped' in stopped.err
-    assert 0 < int(notebook.run('len(runs)').result) < 1000
+    n = notebook.run('len(runs)').result
+    assert AVERAGE.findall(stopped.out) == [n] and 'Log: ' in stopped.out
+    assert 0 < int(n) < 1000

@@ -5,6 +5,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from conftest import set_autocast
+
 KILOSTEP_SCALE = 1024 * (1 + 1 / (1 - 0.85))
 
 
