@@ -434,13 +434,13 @@ def make_arms(args: argparse.Namespace) -> list[Arm]:
     label = f'{NAME} {args.recipe}'.removesuffix(' report')
     own = main.__code__.co_filename, label, sys.modules[__name__], RECIPES[args.recipe]
     todo, arms = [(*own, dict(point)) for point in itertools.product(*sweeps)], []
-    for stem, _, changes in (text.partition('.py') for text in dict.fromkeys(args.versus)):
+    for stem, _, changes in (text.replace('.py:', ':').removesuffix('.py').partition(':')
+                             for text in dict.fromkeys(args.versus)):
         try:
             spec = importlib.util.spec_from_file_location(f'versus_{len(sys.modules)}', f'{stem}.py')
             script = sys.modules[spec.name] = importlib.util.module_from_spec(spec)  # for torch.compile
-            spec.loader.exec_module(script)
-            todo.append((f'{stem}.py', stem, script, {}, pairs(filter(None, changes[1:].split(',')))))
-            script.train, script.hyp
+            spec.loader.exec_module(script), script.train, script.hyp
+            todo.append((f'{stem}.py', stem, script, {}, pairs(filter(None, changes.split(',')))))
         except (Exception, SystemExit) as error:
             raise UserError(f'--versus {stem}.py: {type(error).__name__}: {error}') from None
     for path, label, script, recipe, changes in todo:
@@ -455,8 +455,8 @@ def make_arms(args: argparse.Namespace) -> list[Arm]:
 def student(df: float) -> tuple[np.ndarray, np.ndarray]:
     """t >= 0 and P(T < t) of Student's t with df degrees of freedom, on a fine grid: the density of the angle
     atan(t / sqrt(df)) is proportional to cos^(df - 1), integrated here by the midpoint rule."""
-    angle, width = np.linspace(0, math.pi / 2, 200000, retstep=True)
-    area = np.append(0, np.cumsum(np.cos(angle[1:] - width / 2) ** (df - 1)))
+    angle = math.pi / 2 * np.sin(np.linspace(0, math.pi / 2, 200000))  # finest where the tail is
+    area = np.append(0, np.cumsum(np.cos((angle[1:] + angle[:-1]) / 2) ** (df - 1) * np.diff(angle)))
     return np.tan(angle) * math.sqrt(df), 0.5 + 0.5 * area / area[-1]
 
 def welch(a: np.ndarray, b: np.ndarray) -> tuple[float, float, float]:
@@ -604,7 +604,7 @@ def experiment(args: argparse.Namespace, argv: list[str], runs: list, state: dic
         shared = [(seed, *open_log(args, {
             'schema': 2, 'script': NAME, 'command': [f'{NAME}.py', *argv, '--seed', str(seed)], 'seed': seed,
             'started': f'{utc:%Y%m%dT%H%M%SZ}', 'data': source, 'environment': machine, 'recipe': args.recipe,
-            'hyp': hyp, 'labels_crc32': {x: zlib.crc32(data[x]['labels'].cpu().numpy()) for x in data},
+            'hyp': hyp, 'crc32': {f'{x} labels': zlib.crc32(data[x]['labels'].cpu().numpy()) for x in data},
             'arms': [{'name': arm.name, 'hyp': arm.hyp} for arm in arms]},
             {f"code{i or ''}.py": arm.source for i, arm in enumerate(arms)}))]
     if world > 1:
@@ -689,7 +689,7 @@ def main(argv: list[str] | None = None) -> list[dict]:
             message = f'out of memory at batch size {state["batch"]}, {free} MiB free: try less. {message}'
         elif args and args.compile and not state['begun'] and not isinstance(error, UserError):
             message = f'--compile failed (needs a C++ compiler, on CUDA also Triton): {message}'
-        elif not isinstance(error, UserError):
+        elif not isinstance(error, UserError) and 'by peer' not in message:  # else rank 0 has said why
             raise
     print(f"{NAME}: {' '.join(message.split())}", file=sys.stderr)
     if not notebook:
