@@ -325,10 +325,10 @@ def read_cache(path: str, device: torch.device | str) -> dict:
     try:
         zipfile.ZipFile(path).close()  # else torch.load tries older formats
         cache = torch.load(path, map_location='cpu', weights_only=True)
-        images, labels, classes = (cache[key] for key in ('images', 'labels', 'classes'))
+        images, labels, classes = map(cache.get, ('images', 'labels', 'classes'))
         if ((images.dtype, images.shape[1:], images.layout) != (torch.uint8, (32, 32, 3), torch.strided)
                 or (labels.dtype, labels.shape) != (torch.int64, images.shape[:1]) or not len(labels)
-                or not set(labels.tolist()) <= set(range(10)) or [*map(type, [*classes])] != [str] * 10):
+                or not set(labels.tolist()) <= set(range(10)) or [*map(type, [] + classes)] != [str] * 10):
             raise ValueError
     except Exception as error:  # a damaged file fails anywhere, with any type
         raise error if re.search('MemoryError|allocate memory', repr(error)) else UserError(
@@ -388,7 +388,7 @@ def environment(device: torch.device) -> dict:
 # ---------------------------------------- Arms: what is compared ----------------------------------------
 LIMITS = {  # least and greatest value, where they are not 1 (of a float 1e-9) and 1e9
     'opt.momentum': (1e-6, 0.9999), 'opt.weight_decay': (0, 1e9), 'opt.label_smoothing': (0, 1),
-    'opt.whiten_bias_epochs': (0, 1e9), 'aug.flip': (0, 1), 'aug.translate': (0, 31),
+    'opt.whiten_bias_epochs': (0, 1e9), 'aug.flip': (False, True), 'aug.translate': (0, 31),
     'net.batchnorm_momentum': (0, 1), 'net.tta_level': (0, 2)}
 Arm = collections.namedtuple('Arm', 'name script source hyp')  # hyp: {'opt.lr': 10.0, ...}, with every key
 
@@ -484,15 +484,16 @@ def table(runs: list, target: float) -> list[str]:
     rows = [('Trial' if len(arms) == 1 else 'Arm', 'n', 'Runtime', 'Clock/run (95% CI)', 'Accuracy (95% CI)',
              'Std', f'>={target:g}%', 'Diverged')]
     for name, members in ({**group(runs, 'trial'), 'Average': runs} if len(arms) == 1 else arms).items():
-        n, n_bad, wall = len(members), sum(map(bad.count, members)), sum(r['wall_seconds'] for r in members)
+        n, n_bad, trials = len(members), sum(map(bad.count, members)), group(members, 'trial').values()
+        walls = [sum(run['wall_seconds'] for run in t) for t in trials if len(t) == max(map(len, trials))]
         x = samples[name] = np.array([(100 * run['tta_acc'], run['clock_seconds']) for run in members])
         (acc, clock), (std, clock_std) = x.mean(0), x.std(0, ddof=1) if n > 1 else [math.nan] * 2
         factor = np.interp(0.975, *student(n - 1)[::-1]) / math.sqrt(n) if n > 1 else 1
-        rows.append((str(name), str(n), duration(wall / len(group(members, 'trial'))),
+        rows.append((str(name), str(n), duration(sum(walls) / len(walls)),
                      f'{clock:.3f}s +- {factor * clock_std:.3f}', f'{acc:.2f}% +- {factor * std:.2f}',
                      f'{std:.2f}', *(f'{k}/{n}' for k in (sum(x[:, 0].round(6) >= target), n_bad))))
     widths = [max(map(len, cells)) for cells in zip(*rows)]
-    lines = [re.sub(r'\bnan\b', '-', '  '.join(map(str.ljust, row, widths)).rstrip()) for row in rows]
+    lines = ['  '.join(map(str.ljust, row, widths)).replace(' nan', ' -  ').rstrip() for row in rows]
     lines += ['Diverged: {arm} trial {trial} run {run}, {tta_acc:.2%}'.format(**run) for run in bad]
     *others, (last, b) = samples.items()
     for name, a in others if len(arms) > 1 and min(map(len, arms.values())) > 1 else []:
@@ -549,10 +550,10 @@ def write_log(folder: str, name: str, text: str):
 def read_log(folder: str) -> tuple[dict, list]:
     """experiment.json and the runs of all processes, without a line that a kill cut off."""
     try:
-        text = pathlib.Path(folder, 'experiment.json').read_text('utf-8')
+        log = json.loads(pathlib.Path(folder, 'experiment.json').read_text('utf-8'))
         files = [file.read_text('utf-8') for file in sorted(pathlib.Path(folder).glob('runs*.jsonl'))]
-        return json.loads(text), [json.loads(line) for file in files for line in file.split('\n')[:-1]]
-    except (OSError, ValueError) as error:
+        return log['command'] and log, [json.loads(line) for file in files for line in file.split('\n')[:-1]]
+    except (OSError, ValueError, LookupError, TypeError) as error:
         raise UserError(f'{folder} is no log folder: {error}') from None
 
 def open_log(args: argparse.Namespace, content: dict, code: dict) -> tuple[str, list]:
@@ -652,43 +653,42 @@ def experiment(args: argparse.Namespace, argv: list[str], runs: list, state: dic
             show(record['epochs'][-1], f"{record['tta_acc']:.2%}", record['clock_seconds'])
         world > 1 and distributed.barrier()
     finally:
-        machine['elapsed'] = duration(time.perf_counter() - start)
         if device.type == 'cuda':
             machine['peak memory'] = f'{torch.cuda.max_memory_allocated(device) / 2 ** 30:.2f} GiB'
-        runs += [run for run in read_log(folder)[1] if run not in runs]  # of the other processes
+        runs += [run for run in read_log(folder)[1] if run not in runs] if world > 1 else []
         mean = {name: np.mean([run['tta_acc'] for run in x]) for name, x in group(runs, 'arm').items()}
         swept = sum(arm.script is arms[0].script for arm in arms)
         names = sorted(names[:swept], key=lambda name: -mean.get(name, 0)) + names[swept:]  # best first
         runs.sort(key=lambda run: (names.index(run['arm']), run['trial'], run['run']))
         if runs:
             say('', title, *table(runs, args.target), ', '.join(map(' '.join, machine.items())),
-                f'Log: {folder}', sep='\n')
+                f'Elapsed: {duration(time.perf_counter() - start)}', f'Log: {folder}', sep='\n')
         elif world == 1 and not args.resume:
             shutil.rmtree(folder, ignore_errors=True)
 
 def main(argv: list[str] | None = None) -> list[dict]:
     """The command line: argv, by default the process's own, in a notebook none. Returns the finished runs. An
     error that the user can mend is one line and, outside notebooks, status 2; 1 after the first run began."""
-    notebook, runs, args, state = hasattr(builtins, '__IPYTHON__'), [], None, {'begun': False, 'batch': 0}
+    notebook, runs, args, state = hasattr(builtins, '__IPYTHON__'), [], None, {'begun': False, 'batch': '?'}
     argv = ([] if notebook else sys.argv[1:]) if argv is None else argv
     try:
         args = parse_args(argv)
         experiment(args, argv, runs, state)
         return runs
     except KeyboardInterrupt:
-        status, message = 130, f'stopped after {len(runs)} finished runs (--resume goes on)'
+        status, reason = 130, f'stopped after {len(runs)} finished runs (--resume goes on)'
     except SystemExit:  # --help
         return runs
     except Exception as error:
-        status, message = 1 if state['begun'] else 2, str(error).split('\n\n')[0]
-        if isinstance(error, MemoryError) or re.search('out of memory|allocate memory|ALLOC_FAILED', message):
-            free = os.sysconf('SC_AVPHYS_PAGES') * os.sysconf('SC_PAGE_SIZE') >> 20  # torch tells a GPU's
-            message = f'out of memory at batch size {state["batch"]}, {free} MiB free: try less. {message}'
+        status, reason = 1 if state['begun'] else 2, str(error).split('\n\n')[0]
+        if isinstance(error, MemoryError) or re.search('out of memory|allocate memory|ALLOC_FAILED', reason):
+            ram = sys.platform == 'linux' and os.sysconf('SC_AVPHYS_PAGES') * os.sysconf('SC_PAGE_SIZE') >> 20
+            reason = f'out of memory, batch size {state["batch"]}, {ram or "?"} MiB free: try less. {reason}'
         elif args and args.compile and not state['begun'] and not isinstance(error, UserError):
-            message = f'--compile failed (needs a C++ compiler, on CUDA also Triton): {message}'
-        elif not isinstance(error, UserError) and 'by peer' not in message:  # else rank 0 has said why
+            reason = f'--compile failed (needs a C++ compiler, on CUDA also Triton): {reason}'
+        elif not isinstance(error, UserError) and 'by peer' not in reason:  # else rank 0 has said why
             raise
-    print(f"{NAME}: {' '.join(message.split())}", file=sys.stderr)
+    print(f"{NAME}: {' '.join(reason.split())}", file=sys.stderr)
     if not notebook:
         sys.exit(status)
     return runs

@@ -546,7 +546,7 @@ def test_resume_with_other_data_is_refused(not_resumed, data, tmp_path):
         torch.save(content, tmp_path / f'{split}.pt')
     message = not_resumed('--data-dir', tmp_path)
     assert 'experiment.json differs' in message
-    assert len(re.findall('[-+] *"test": [0-9]+', message)) == 2 and '"train"' not in message
+    assert len(re.findall('[-+] *"test labels": [0-9]+', message)) == 2 and '"train labels"' not in message
 
 
 def test_resume_with_changed_code_is_refused_with_the_difference(log, tmp_path):
