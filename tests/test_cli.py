@@ -22,7 +22,7 @@ ROW = re.compile(r' +(\d+) +(\d+) +(\d+) +(\d+\.\d{4}|diverged) +(\d+\.\d\d%) +(
 OPTIONS = ('--trials', '--runs', '--seed', '--device', '--compile', '--hyp', '--recipe', '--versus',
            '--sweep', '--data-dir', '--log-dir', '--resume', '--target', '--quiet', '--synthetic', '--help')
 EXPERIMENT_KEYS = {'schema', 'script', 'command', 'seed', 'started', 'data', 'environment', 'recipe', 'hyp',
-                   'labels_crc32', 'arms'}
+                   'crc32', 'arms'}
 RUN_KEYS = {'arm', 'trial', 'run', 'data', 'seed', 'epochs', 'tta_acc', 'clock_seconds', 'wall_seconds'}
 EPOCH_KEYS = {'epoch', 'train_loss', 'train_acc', 'test_acc', 'clock_seconds', 'eval_seconds'}
 SLOW_ARGS = ('--device', 'cpu', '--hyp', 'opt.batch_size=256')  # full widths: a warm-up of seconds

@@ -40,7 +40,7 @@ def log(tmp_path):
         folder.mkdir(parents=True)
         arms = dict.fromkeys(run['arm'] for runs in files for run in runs)
         (folder / 'experiment.json').write_text(json.dumps(
-            {'schema': 2, 'arms': [{'name': arm, 'hyp': {'opt.lr': 9.0}} for arm in arms]}))
+            {'schema': 2, 'command': ['it.py'], 'arms': [{'name': arm, 'hyp': {'opt.lr': 9.0}} for arm in arms]}))
         for i, runs in enumerate(files):
             (folder / f"runs{i or ''}.jsonl").write_text(''.join(json.dumps(run) + '\n' for run in runs))
         return folder
