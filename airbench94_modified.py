@@ -8,9 +8,10 @@
 Or paste the whole file into a notebook cell. What follows `train` is tooling. README.md has the results.
 """
 NAME = 'airbench94_modified'
-import argparse, builtins, collections, contextlib, copy, datetime, difflib, functools, importlib.util
+import argparse, builtins, collections, contextlib, datetime, difflib, functools, importlib.util
 import itertools, json, linecache, math, os, pathlib, platform, re, secrets, shlex, shutil, sys, tempfile
 import time, zipfile, zlib
+from unittest import mock
 
 import numpy as np
 import torch
@@ -400,17 +401,13 @@ def flat(tree: dict, prefix: str = '') -> dict:
     return {key: leaf for name, branch in tree.items() for key, leaf in (
         flat(branch, f'{prefix}{name}.') if isinstance(branch, dict) else {prefix + name: branch}).items()}
 
-@contextlib.contextmanager
-def overrides(values: dict, tree: dict = hyp):
-    """tree with {'opt.lr': 10.0, ...} put in; afterwards it is as before."""
-    before = copy.deepcopy(tree)
-    try:
+def overrides(values: dict, tree: dict = hyp) -> contextlib.ExitStack:
+    """A context in which tree has {'opt.lr': 10.0, ...}; afterwards it is as before."""
+    with contextlib.ExitStack() as stack:
         for key, value in values.items():
             *groups, name = key.split('.')
-            functools.reduce(dict.__getitem__, groups, tree)[name] = value
-        yield
-    finally:
-        tree.update(before)
+            stack.enter_context(mock.patch.dict(functools.reduce(dict.get, groups, tree), {name: value}))
+        return stack.pop_all()
 
 def parse_hyp(pairs: dict, known: dict) -> dict:
     """{'opt.lr': '10', ...} -> {'opt.lr': 10.0, ...}, with keys and types of known, within LIMITS."""
@@ -418,8 +415,8 @@ def parse_hyp(pairs: dict, known: dict) -> dict:
     for key, text in pairs.items():
         if key not in known:
             raise UserError(f"{key}: no such hyperparameter; there are {', '.join(known)}")
-        kind = type(known[key])
-        low, high = LIMITS.get(key, (1 if kind is int else 1e-9, 10**9))
+        kind = type(known[key]) if isinstance(known[key], (int, float, str)) else float
+        low, high = LIMITS.get(key, (1 if kind is int else 1e-9, 10**9) if key in flat(hyp) else (-1e9, 1e9))
         with contextlib.suppress(KeyError, ValueError):
             values[key] = {'true': True, 'false': False}[text.lower()] if kind is bool else kind(text)
         if kind is not str and not low <= values.get(key, math.nan) <= high:
@@ -439,7 +436,8 @@ def make_arms(args: argparse.Namespace) -> list[Arm]:
         try:
             spec = importlib.util.spec_from_file_location(f'versus_{len(sys.modules)}', f'{stem}.py')
             script = sys.modules[spec.name] = importlib.util.module_from_spec(spec)  # for torch.compile
-            spec.loader.exec_module(script), script.train, script.hyp
+            spec.loader.exec_module(script)
+            script.train, json.dumps(flat(script.hyp)), script.hyp['opt']['batch_size']  # or an error
             todo.append((f'{stem}.py', stem, script, {}, pairs(filter(None, changes.split(',')))))
         except (Exception, SystemExit) as error:
             raise UserError(f'--versus {stem}.py: {type(error).__name__}: {error}') from None
@@ -462,8 +460,8 @@ def student(df: float) -> tuple[np.ndarray, np.ndarray]:
 def welch(a: np.ndarray, b: np.ndarray) -> tuple[float, float, float]:
     """mean(a) - mean(b), half the width of its 95% confidence interval, and p of Welch's t-test."""
     difference, (va, vb) = a.mean() - b.mean(), (x.var(ddof=1) / len(x) for x in (a, b))
-    if va + vb == 0:
-        return difference, 0.0, float(difference == 0)
+    if va + vb < 1e-20:  # equal values but for rounding
+        return difference, 0.0, float(abs(difference) < 1e-9)
     df, error = (va + vb) ** 2 / (va ** 2 / (len(a) - 1) + vb ** 2 / (len(b) - 1)), math.sqrt(va + vb)
     t, cdf = student(df)
     return difference, np.interp(0.975, cdf, t) * error, 2 - 2 * np.interp(abs(difference) / error, t, cdf)
@@ -492,11 +490,12 @@ def table(runs: list, target: float) -> list[str]:
         x = samples[name] = np.array([(100 * run['tta_acc'], run['clock_seconds']) for run in members])
         (acc, clock), (std, clock_std) = x.mean(0), x.std(0, ddof=1) if n > 1 else [math.nan] * 2
         factor = np.interp(0.975, *student(n - 1)[::-1]) / math.sqrt(n) if n > 1 else 1
-        rows.append((str(name), str(n), duration(sum(walls) / len(walls)),
-                     f'{clock:.3f}s +- {factor * clock_std:.3f}', f'{acc:.2f}% +- {factor * std:.2f}',
-                     f'{std:.2f}', *(f'{k}/{n}' for k in (sum(x[:, 0].round(6) >= target), n_bad))))
+        rows.append([str(name)] + [cell.replace('nan', '-') for cell in (
+            str(n), duration(sum(walls) / len(walls)), f'{clock:.3f}s +- {factor * clock_std:.3f}',
+            f'{acc:.2f}% +- {factor * std:.2f}', f'{std:.2f}', f'{sum(x[:, 0].round(6) >= target)}/{n}',
+            f'{n_bad}/{n}')])
     widths = [max(map(len, cells)) for cells in zip(*rows)]
-    lines = ['  '.join(map(str.ljust, row, widths)).replace(' nan', ' -  ').rstrip() for row in rows]
+    lines = ['  '.join(map(str.ljust, row, widths)).rstrip() for row in rows]
     lines += ['Diverged: {arm} trial {trial} run {run}, {tta_acc:.2%}'.format(**run) for run in bad]
     *others, (last, b) = samples.items()
     for name, a in others if len(arms) > 1 and min(map(len, arms.values())) > 1 else []:
@@ -506,7 +505,7 @@ def table(runs: list, target: float) -> list[str]:
         verdict = (f': no difference in accuracy from {last} shown at n = {n}' if p >= 0.05 else
                    f" is {abs(points):.2f} points {'more' if points > 0 else 'less'} accurate than {last}")
         lines += [f"{name}{verdict} (p {'<' if p < 0.001 else '='} {max(p, 0.001):.3f})"
-                  + f', and it takes {ratio:.2f} of the time' * (not low <= 1 <= high),
+                  + f', and it takes {ratio:.3f} of the time' * (not low <= 1 <= high),
                   f'    {points:+.2f} points ({points - half:+.2f} to {points + half:+.2f}), '
                   f'clock x {ratio:.3f} ({low:.3f} to {high:.3f})']
     return lines
@@ -555,21 +554,22 @@ def read_log(folder: str) -> tuple[dict, list]:
     try:
         log = json.loads(pathlib.Path(folder, 'experiment.json').read_text('utf-8'))
         files = [file.read_text('utf-8') for file in sorted(pathlib.Path(folder).glob('runs*.jsonl'))]
-        return log['command'] and log, [json.loads(line) for file in files for line in file.split('\n')[:-1]]
+        runs = [json.loads(line) for file in files for line in file.split('\n')[:-1]]
+        return log['command'] and log, [*{(r['arm'], r['trial'], r['run']): r for r in runs}.values()]
     except (OSError, ValueError, LookupError, TypeError) as error:
         raise UserError(f'{folder} is no log folder: {error}') from None
 
 def open_log(args: argparse.Namespace, content: dict, code: dict) -> tuple[str, list]:
     """A new log folder, or --resume's if it is of the same experiment; the runs in it."""
     folder = args.resume or os.path.join(args.log_dir, f"{content['started']}-{NAME}-{secrets.token_hex(3)}")
-    files = {'experiment.json': json.dumps(content, indent=1), **code}
+    files = {**code, 'experiment.json': json.dumps(content, indent=1)}
     if not args.resume:
         for name, text in files.items():
             write_log(folder, name, text)
         return folder, []
     logged, runs = read_log(folder)
     logged.update((key, content[key]) for key in ('command', 'started', 'environment', 'data'))  # may differ
-    for name, text in files.items():
+    for name, text in reversed(files.items()):
         old = pathlib.Path(folder, name).read_text('utf-8') if name in code else json.dumps(logged, indent=1)
         changes = [*difflib.unified_diff(old.splitlines(), text.splitlines(), n=0, lineterm='')][2:]
         if changes:
@@ -606,12 +606,12 @@ def experiment(args: argparse.Namespace, argv: list[str], runs: list, state: dic
             'schema': 2, 'script': NAME, 'command': [f'{NAME}.py', *argv, '--seed', str(seed)], 'seed': seed,
             'started': f'{utc:%Y%m%dT%H%M%SZ}', 'data': source, 'environment': machine, 'recipe': args.recipe,
             'hyp': hyp, 'crc32': {f'{x} labels': zlib.crc32(data[x]['labels'].cpu().numpy()) for x in data},
-            'arms': [{'name': arm.name, 'hyp': arm.hyp} for arm in arms]},
+            'compile': args.compile, 'arms': [{'name': arm.name, 'hyp': arm.hyp} for arm in arms]},
             {f"code{i or ''}.py": arm.source for i, arm in enumerate(arms)}))]
     if world > 1:
         distributed.broadcast_object_list(shared)
-        data = data if rank == 0 else load(device=device)
     seed, folder, runs[:] = shared[0]
+    data = data if rank == 0 else read_log(folder) and load(device=device)  # every node needs the log folder
     names, n_train, n_test = [arm.name for arm in arms], *(len(data[x]['labels']) for x in ('train', 'test'))
     title = f"{', '.join(names)}: {source} ({n_train} to train on, {n_test} to test), seed {seed}"
     made = {(run['trial'], run['run'], run['arm']) for run in runs}
@@ -634,7 +634,7 @@ def experiment(args: argparse.Namespace, argv: list[str], runs: list, state: dic
         machine['warm-up'] = duration(time.perf_counter() - start)
         if device.type == 'cuda':
             torch.cuda.reset_peak_memory_stats(device)
-        else:
+        elif todo and not args.resume:
             say(f'No GPU: about {duration(seconds, 0)} a run, {duration(seconds * len(todo), 0)} all. Try:',
                 shlex.join(['python', f'{NAME}.py', *argv]), '--trials 1 --runs 1 --hyp opt.train_epochs=1')
         say(line(*'trial,run,epoch,train loss,train acc,test acc,tta acc,clock,left,arm'.split(',')))
@@ -650,8 +650,8 @@ def experiment(args: argparse.Namespace, argv: list[str], runs: list, state: dic
             with overrides(arm.hyp, arm.script.hyp):
                 record, _ = arm.script.train(
                     data, run_seed, device, nets[arm.name], args.quiet, None if args.quiet else show)
-            text = json.dumps({'arm': arm.name, 'trial': trial, 'run': run, 'data': source, **record})
-            runs.append(json.loads(text, parse_constant=lambda name: None))  # NaN, Infinity -> null
+            record = {'arm': arm.name, 'trial': trial, 'run': run, 'data': source, **machine, **record}
+            runs.append(json.loads(json.dumps(record), parse_constant=lambda name: None))  # NaN -> null
             write_log(folder, f"runs{rank or ''}.jsonl", json.dumps(runs[-1]) + '\n')
             show(record['epochs'][-1], f"{record['tta_acc']:.2%}", record['clock_seconds'])
         world > 1 and distributed.barrier()
@@ -679,7 +679,7 @@ def main(argv: list[str] | None = None) -> list[dict]:
         experiment(args, argv, runs, state)
         return runs
     except KeyboardInterrupt:
-        status, reason = 130, f'stopped after {len(runs)} finished runs (--resume goes on)'
+        status, reason = 130, f'stopped after {len(runs)} finished runs' + '; --resume goes on' * bool(runs)
     except SystemExit:  # --help
         return runs
     except Exception as error:
@@ -687,9 +687,9 @@ def main(argv: list[str] | None = None) -> list[dict]:
         if isinstance(error, MemoryError) or re.search('out of memory|allocate memory|ALLOC_FAILED', reason):
             ram = sys.platform == 'linux' and os.sysconf('SC_AVPHYS_PAGES') * os.sysconf('SC_PAGE_SIZE') >> 20
             reason = f'out of memory, batch size {state["batch"]}, {ram or "?"} MiB free: try less. {reason}'
-        elif args and args.compile and not state['begun'] and not isinstance(error, UserError):
+        elif args and args.compile and not state['begun'] and type(error).__name__ != 'UserError':
             reason = f'--compile failed (needs a C++ compiler, on CUDA also Triton): {reason}'
-        elif not isinstance(error, UserError) and 'by peer' not in reason:  # else rank 0 has said why
+        elif type(error).__name__ != 'UserError' and 'by peer' not in reason:  # any script's; rank 0 said why
             raise
     print(f"{NAME}: {' '.join(reason.split())}", file=sys.stderr)
     if not notebook:

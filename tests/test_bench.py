@@ -253,14 +253,22 @@ def test_equal_arms_are_not_told_apart(baseline):
 
 @pytest.mark.parametrize('mean, clock, sentence', [
     (93.15, 2.73, 'modified is 0.85 points less accurate than baseline (p < 0.001),'
-                  ' and it takes 0.91 of the time'),
+                  ' and it takes 0.910 of the time'),
     (94.85, 3.0, 'modified is 0.85 points more accurate than baseline (p < 0.001)'),
     (94.0, 3.6, 'modified: no difference in accuracy from baseline shown at n = 20 (p = 1.000),'
-                 ' and it takes 1.20 of the time')])
+                 ' and it takes 1.200 of the time')])
 def test_sentence_says_what_was_shown_and_no_more(baseline, mean, clock, sentence):
     runs = (made_up('modified', drawn(1, mean, 0.2), [clock, clock + 0.01, clock - 0.01])
             + made_up('baseline', drawn(2, 94, 0.2, 20), [3.0, 3.01, 2.99]))
     assert comparison(baseline.table(runs, 94.0))[0] == [sentence]
+
+
+def test_equal_values_of_unequal_number_do_not_differ(baseline):
+    assert baseline.welch(np.full(10, 87.71), np.full(9, 87.71))[1:] == (0, 1)
+
+
+def test_a_name_keeps_its_letters_where_a_figure_is_missing(baseline):
+    assert baseline.table(made_up('a nan', [94]) + made_up('nano', [93]), 94.0)[1].startswith('a nan  1 ')
 
 
 def test_arms_of_one_run_are_not_compared(baseline):
@@ -364,7 +372,9 @@ def test_log_has_every_arm_with_its_whole_hyp_and_code(versus, baseline, modifie
     ('missing', None, 'No such file'), ('typo', 'def (', 'SyntaxError'),
     ('broken', '1 / 0', 'ZeroDivisionError'), ('exits', 'import sys\nsys.exit(0)', 'SystemExit'),
     ('stops', 'raise SystemExit(3)', 'SystemExit'),
-    ('no_hyp', 'def train(): pass', 'hyp'), ('no_train', 'hyp = {}', 'train')])
+    ('no_hyp', 'def train(): pass', 'hyp'), ('no_train', 'hyp = {}', 'train'),
+    ('not_a_dict', 'hyp, train = 3, print', 'int'), ('other_keys', 'hyp, train = {}, print', 'opt'),
+    ('not_json', 'hyp, train = {"opt": {"batch_size": print}}, print', 'JSON')])
 def test_script_that_cannot_take_part_is_refused(refused, tmp_path, name, text, complaint):
     if text:
         (tmp_path / f'{name}.py').write_text(text)
@@ -377,6 +387,29 @@ def test_script_that_cannot_take_part_is_refused(refused, tmp_path, name, text, 
     ('opt.momentum=0.9,opt.lr=-1', 'opt.lr=-1')])
 def test_bad_override_of_an_arm_is_refused(refused, changes, complaint):
     assert complaint in refused('--versus', f'{MODIFIED}:{changes}')
+
+
+def test_batch_size_over_the_training_set_of_another_arm_is_one_line(
+        baseline, data_dir, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as end:
+        baseline.main(['--data-dir', str(data_dir), *NARROW_ARGS, '--versus', f'{MODIFIED}:opt.batch_size=257'])
+    err = capsys.readouterr().err
+    assert end.value.code == 2 and 'opt.batch_size=257' in err and err.count('\n') == 1
+    assert not [*(tmp_path / 'logs').iterdir()]
+
+
+@pytest.mark.parametrize('default, text, value', [(8, '0', 0), (0.0, '-1.5', -1.5), (None, '3', 3.0),
+                                                  ('cos', 'linear', 'linear')])
+def test_hyperparameter_of_the_users_own_takes_any_value_of_its_type(baseline, default, text, value):
+    assert baseline.parse_hyp({'aug.own': text}, {'aug.own': default}) == {'aug.own': value}
+
+
+def test_overrides_keep_the_groups_that_others_may_hold(script):
+    before, opt, widths = copy.deepcopy(script.hyp), script.hyp['opt'], script.hyp['net']['widths']
+    with script.overrides({'opt.lr': 3.0, 'net.widths.block1': 5, 'net.tta_level': 1}):
+        assert (opt['lr'], widths['block1'], script.hyp['net']['tta_level']) == (3.0, 5, 1)
+    assert script.hyp == before and script.hyp['opt'] is opt and script.hyp['net']['widths'] is widths
 
 
 # ---------------------------------------- --sweep ----------------------------------------
@@ -558,11 +591,26 @@ def test_resume_with_changed_code_is_refused_with_the_difference(log, tmp_path):
     assert re.search(r'code\.py differs.*- .*\*\* 3\).*\+ .*\*\* 2\)', process.stderr)
 
 
+def test_resume_with_another_engine_is_refused(not_resumed):
+    assert '"compile": true' in not_resumed('--compile')
+
+
+def test_a_run_that_is_twice_in_the_log_counts_once(log, baseline):
+    runs = baseline.read_log(log)[1]
+    shutil.copy(log / 'runs.jsonl', log / 'runs7.jsonl')
+    assert baseline.read_log(log)[1] == runs and len(runs) == 8
+
+
+def test_each_run_names_its_machine(log, baseline):
+    machine = experiment_of(log)['environment']
+    assert all({**run, **machine} == run for run in baseline.read_log(log)[1])
+
+
 def test_resume_with_changed_code_of_another_arm_is_refused(refused, versus, tmp_path):
     source = (versus.folder / 'edited.py').read_text()
     (tmp_path / 'edited.py').write_text(source.split('import atexit')[0])
     message = refused('--resume', versus.log)
-    assert 'code1.py differs' in message and '-import atexit' in message
+    assert 'code2.py differs' in message and '-import atexit' in message  # its second arm's, found first
 
 
 @pytest.mark.parametrize('content', [None, {}, {'experiment.json': '{'}])
