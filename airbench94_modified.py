@@ -385,9 +385,8 @@ def environment(device: torch.device) -> dict:
                 'cuDNN': str(torch.backends.cudnn.version()), **facts}
     text = pathlib.Path('/proc/cpuinfo').read_text() if sys.platform == 'linux' else ''
     name = [*re.findall(r'model name\s*: (.*)', text), platform.machine()][0]
-    fast = re.search('avx512_bf16|amx_bf16', text)  # without these bfloat16 is slower than float32
     return {'device': f'{name} ({torch.get_num_threads()} threads)', **facts,
-            'dtype': 'float32' + ' under bfloat16 autocast' * bool(fast)}
+            'dtype': 'float32' + ' under bfloat16 autocast' * bool(re.search('avx512_bf16|amx_bf16', text))}
 
 # ---------------------------------------- Arms: what is compared ----------------------------------------
 LIMITS = {  # least and greatest value, where they are not 1 (of a float 1e-9) and 1e9
@@ -453,7 +452,7 @@ def make_arms(args: argparse.Namespace) -> list[Arm]:
 def student(df: float) -> tuple[np.ndarray, np.ndarray]:
     """t >= 0 and P(T < t) of Student's t with df degrees of freedom, on a fine grid: the density of the angle
     atan(t / sqrt(df)) is proportional to cos^(df - 1), integrated here by the midpoint rule."""
-    angle = math.pi / 2 * np.sin(np.linspace(0, math.pi / 2, 200000))  # finest where the tail is
+    angle = math.pi / 2 * np.sin(np.linspace(0, math.pi / 2, 50000))  # finest where the tail is
     area = np.append(0, np.cumsum(np.cos((angle[1:] + angle[:-1]) / 2) ** (df - 1) * np.diff(angle)))
     return np.tan(angle) * math.sqrt(df), 0.5 + 0.5 * area / area[-1]
 
@@ -524,8 +523,8 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     add('--compile', action='store_true', help='torch.compile the network')
     add('--hyp', metavar='KEY=VALUE', **many, help='other hyperparameters, in all arms')
     add('--recipe', choices=RECIPES, default='report', help='a named set of hyperparameters (report)')
-    add('--versus', metavar='SCRIPT[:KEY=VALUE,...]', **many, help='compare with this')
-    add('--sweep', metavar='KEY=A,B,...', **many, help='compare these values')
+    add('--versus', metavar='SCRIPT[:KEY=VALUE,...]', **many, help='scripts to compare with')
+    add('--sweep', metavar='KEY=A,B,...', **many, help='values to compare')
     add('--data-dir', metavar='DIR', default='cifar10', help='has train.pt, test.pt; or gets them (cifar10)')
     add('--log-dir', metavar='DIR', default='logs', help='gets a folder per experiment (logs)')
     add('--resume', metavar='DIR', help='finish the experiment of this log folder, with its options')
@@ -579,7 +578,7 @@ def open_log(args: argparse.Namespace, content: dict, code: dict) -> tuple[str, 
     return folder, runs
 
 def warm_up(arm: Arm, data: dict, device: torch.device, net: nn.Module | None) -> float:
-    """A few steps and evaluations of every kind in a run. Returns the seconds that its epochs should take."""
+    """A few steps and evaluations of every kind in a run. Returns the seconds on the clock of a whole run."""
     few = {'train': 2 * arm.hyp['opt.batch_size'], 'test': 2000 + len(data['test']['labels']) % 2000}
     part = {split: {key: value[:few[split]] for key, value in data[split].items()} for split in few}
     with overrides({'opt.train_epochs': 0.001, 'net.tta_level': 0}, arm.script.hyp):  # loader at full size
@@ -587,8 +586,9 @@ def warm_up(arm: Arm, data: dict, device: torch.device, net: nn.Module | None) -
     with overrides({'opt.train_epochs': 3.0, 'opt.whiten_bias_epochs': 1}, arm.script.hyp):
         record, _ = arm.script.train(part, 0, device, net, quiet=True)
     _, second, third = (row['clock_seconds'] for row in record['epochs'])
-    epoch = (third - second) * len(data['train']['labels']) / len(part['train']['labels'])
-    return arm.hyp['opt.train_epochs'] * epoch
+    n, n_few = ({split: len(x[split]['labels']) for split in few} for x in (data, part))
+    return (arm.hyp['opt.train_epochs'] * (third - second) * n['train'] / n_few['train']
+            + (record['clock_seconds'] - third) * n['test'] / n_few['test'])
 
 def experiment(args: argparse.Namespace, argv: list[str], runs: list, state: dict):
     """Make all runs; append their records to runs and to the log; print rows and table. state is for main."""
