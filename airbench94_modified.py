@@ -9,7 +9,7 @@ Or paste the whole file into a notebook cell. What follows `train` is tooling. R
 """
 NAME = 'airbench94_modified'
 import argparse, builtins, collections, contextlib, datetime, difflib, functools, importlib.util
-import itertools, json, linecache, math, os, pathlib, platform, re, secrets, shlex, shutil, sys, tempfile
+import itertools, json, linecache, math, os, pathlib, platform, re, secrets, shutil, signal, sys, tempfile
 import time, zipfile, zlib
 from unittest import mock
 
@@ -327,18 +327,20 @@ def load_data(data_dir: str, device: torch.device | str | None = None) -> dict:
 def read_cache(path: str, device: torch.device | str) -> dict:
     """A train.pt or test.pt that may be anybody's: no code in it is run, and its content is checked."""
     try:
-        zipfile.ZipFile(path).close()  # else torch.load tries older formats
-        cache = torch.load(path, map_location='cpu', weights_only=True)
+        file = zipfile.ZipFile(path)  # torch.load checks no sums, leaves what has a folder's flag unfilled
+        damaged = any(x.file_size != x.compress_size or x.external_attr & 16 for x in file.infolist())
+        cache = damaged or file.testzip() or torch.load(path, map_location='cpu', weights_only=True)
         images, labels, classes = map(cache.get, ('images', 'labels', 'classes'))
-        if ((images.dtype, images.shape[1:], images.layout) != (torch.uint8, (32, 32, 3), torch.strided)
-                or (labels.dtype, labels.shape) != (torch.int64, images.shape[:1]) or not len(labels)
+        if ((images.dtype, images.shape[1:]) != (torch.uint8, (32, 32, 3)) or not len(labels)
+                or (labels.dtype, labels.shape) != (torch.int64, images.shape[:1])
+                or any(x.is_meta or x.nbytes > x.untyped_storage().nbytes() for x in (images, labels))
                 or not set(labels.tolist()) <= set(range(10)) or [*map(type, [] + classes)] != [str] * 10):
             raise ValueError
+        return {'images': images.to(device), 'labels': labels.to(device), 'classes': classes}
     except Exception as error:  # a damaged file fails anywhere, with any type
-        raise error if re.search('MemoryError|allocate memory', repr(error)) else UserError(
+        raise error if re.search('MemoryError|allocate memory|out of memory', repr(error)) else UserError(
             f'{path} is damaged, holds pickled code or lacks images (uint8 [N, 32, 32, 3]), labels (int64 '
             '[N], 0 to 9) or 10 class names: delete it, and CIFAR-10 is downloaded again') from None
-    return {'images': images.to(device), 'labels': labels.to(device), 'classes': classes}
 
 def download(data_dir: str, paths: dict):
     """CIFAR-10 by torchvision, in a private folder from which whole files move to their paths."""
@@ -436,7 +438,7 @@ def make_arms(args: argparse.Namespace) -> list[Arm]:
             spec = importlib.util.spec_from_file_location(f'versus_{len(sys.modules)}', f'{stem}.py')
             script = sys.modules[spec.name] = importlib.util.module_from_spec(spec)  # for torch.compile
             spec.loader.exec_module(script)
-            script.train, json.dumps(flat(script.hyp)), script.hyp['opt']['batch_size']  # or an error
+            script.train, script.hyp['opt']['batch_size'], json.dumps(script.hyp, allow_nan=False)  # or fails
             todo.append((f'{stem}.py', stem, script, {}, pairs(filter(None, changes.split(',')))))
         except (Exception, SystemExit) as error:
             raise UserError(f'--versus {stem}.py: {type(error).__name__}: {error}') from None
@@ -469,9 +471,10 @@ def group(runs: list, key: str) -> dict:
     return {name: [run for run in runs if run[key] == name] for name in dict.fromkeys(r[key] for r in runs)}
 
 def diverged(runs: list) -> list:
-    """Those with a loss that is not finite (None in a log) or, of 3 or more, 10 points under the median."""
-    floor = np.median([run['tta_acc'] for run in runs]) - 0.1 if len(runs) >= 3 else 0
-    return [run for run in runs if run['tta_acc'] < floor or None in [x['train_loss'] for x in run['epochs']]]
+    """Of a loss not finite (None in a log), dead (equal logits: ln 10), or 10 points under the median."""
+    floor = np.median([run['tta_acc'] for run in runs]) - 0.1 - 1e-9 if len(runs) >= 3 else 0
+    return [run for run in runs if run['tta_acc'] < floor or None in (
+        losses := [row['train_loss'] for row in run['epochs']]) or abs(losses[-1] - math.log(10)) < 1e-5]
 
 def duration(seconds: float, digits: int = 3) -> str:
     minutes, seconds = divmod(round(seconds, digits), 60)
@@ -495,7 +498,7 @@ def table(runs: list, target: float) -> list[str]:
             f'{n_bad}/{n}')])
     widths = [max(map(len, cells)) for cells in zip(*rows)]
     lines = ['  '.join(map(str.ljust, row, widths)).rstrip() for row in rows]
-    lines += ['Diverged: {arm} trial {trial} run {run}, {tta_acc:.2%}'.format(**run) for run in bad]
+    lines += ['Warning: {arm} trial {trial} run {run} diverged, {tta_acc:.2%}'.format(**run) for run in bad]
     *others, (last, b) = samples.items()
     for name, a in others if len(arms) > 1 and min(map(len, arms.values())) > 1 else []:
         points, half, p = welch(a[:, 0], b[:, 0])
@@ -531,6 +534,7 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     add('--target', metavar='PCT', type=float, default=94.0, help='accuracy in percent to count from (94)')
     add('--quiet', action='store_true', help='one row per run: no evaluation after each epoch')
     add('--synthetic', action='store_true', help='generated images in place of CIFAR-10')
+    ' '.join(argv).isprintable() or fail('arguments with line breaks, control characters or broken UTF-8')
     resume = parser.parse_args(argv).resume  # what is not given again is as in the log
     args = parser.parse_args([*(read_log(resume)[0]['command'][1:] if resume else []), *argv])
     for name, low, high in ('trials', 1, 10**9), ('runs', 1, 10**9), ('seed', 0, 2**64), ('target', 0, 100):
@@ -554,8 +558,8 @@ def read_log(folder: str) -> tuple[dict, list]:
         log = json.loads(pathlib.Path(folder, 'experiment.json').read_text('utf-8'))
         files = [file.read_text('utf-8') for file in sorted(pathlib.Path(folder).glob('runs*.jsonl'))]
         runs = [json.loads(line) for file in files for line in file.split('\n')[:-1]]
-        return log['command'] and log, [*{(r['arm'], r['trial'], r['run']): r for r in runs}.values()]
-    except (OSError, ValueError, LookupError, TypeError) as error:
+        return log['command'][1:] and log, [*{(r['arm'], r['trial'], r['run']): r for r in runs}.values()]
+    except (OSError, ValueError, LookupError, TypeError, RecursionError) as error:
         raise UserError(f'{folder} is no log folder: {error}') from None
 
 def open_log(args: argparse.Namespace, content: dict, code: dict) -> tuple[str, list]:
@@ -586,9 +590,8 @@ def warm_up(arm: Arm, data: dict, device: torch.device, net: nn.Module | None) -
     with overrides({'opt.train_epochs': 3.0, 'opt.whiten_bias_epochs': 1}, arm.script.hyp):
         record, _ = arm.script.train(part, 0, device, net, quiet=True)
     _, second, third = (row['clock_seconds'] for row in record['epochs'])
-    n, n_few = ({split: len(x[split]['labels']) for split in few} for x in (data, part))
-    return (arm.hyp['opt.train_epochs'] * (third - second) * n['train'] / n_few['train']
-            + (record['clock_seconds'] - third) * n['test'] / n_few['test'])
+    train, test = (len(data[split]['labels']) / len(part[split]['labels']) for split in few)  # how many parts
+    return arm.hyp['opt.train_epochs'] * (third - second) * train + (record['clock_seconds'] - third) * test
 
 def experiment(args: argparse.Namespace, argv: list[str], runs: list, state: dict):
     """Make all runs; append their records to runs and to the log; print rows and table. state is for main."""
@@ -608,8 +611,7 @@ def experiment(args: argparse.Namespace, argv: list[str], runs: list, state: dic
             'hyp': hyp, 'crc32': {f'{x} labels': zlib.crc32(data[x]['labels'].cpu().numpy()) for x in data},
             'compile': args.compile, 'arms': [{'name': arm.name, 'hyp': arm.hyp} for arm in arms]},
             {f"code{i or ''}.py": arm.source for i, arm in enumerate(arms)}))]
-    if world > 1:
-        distributed.broadcast_object_list(shared)
+    world > 1 and distributed.broadcast_object_list(shared)
     seed, folder, runs[:] = shared[0]
     data = data if rank == 0 else read_log(folder) and load(device=device)  # every node needs the log folder
     names, n_train, n_test = [arm.name for arm in arms], *(len(data[x]['labels']) for x in ('train', 'test'))
@@ -625,18 +627,16 @@ def experiment(args: argparse.Namespace, argv: list[str], runs: list, state: dic
         if args.compile:
             torch.compiler.reset()  # forget what an earlier call in this process compiled
             torch._dynamo.config.cache_size_limit = 8 * len(arms)  # else 8 for all together; more run eager
+        state['batch'] = ' or '.join({str(arm.hyp['opt.batch_size']): 0 for arm in arms})
         for arm in arms if todo else []:
-            state['batch'] = arm.hyp['opt.batch_size']
             with overrides(arm.hyp, arm.script.hyp):
                 nets[arm.name] = net = arm.script.make_net(device) if args.compile else None
                 net and net.compile(dynamic=False)
                 seconds += warm_up(arm, data, device, net) / len(arms)
         machine['warm-up'] = duration(time.perf_counter() - start)
-        if device.type == 'cuda':
-            torch.cuda.reset_peak_memory_stats(device)
-        elif todo and not args.resume:
-            say(f'No GPU: about {duration(seconds, 0)} a run, {duration(seconds * len(todo), 0)} all. Try:',
-                shlex.join(['python', f'{NAME}.py', *argv]), '--trials 1 --runs 1 --hyp opt.train_epochs=1')
+        if todo and device.type == 'cpu' and not args.resume:
+            say(f'No GPU: about {duration(seconds, 0)} a run, {duration(seconds * len(todo), 0)} all.',
+                'Shorter: --trials 1 --runs 1 --hyp opt.train_epochs=1')
         say(line(*'trial,run,epoch,train loss,train acc,test acc,tta acc,clock,left,arm'.split(',')))
         state['begun'], start = True, time.perf_counter()
         for done, (trial, run, arm) in enumerate(todo):
@@ -678,23 +678,23 @@ def main(argv: list[str] | None = None) -> list[dict]:
         args = parse_args(argv)
         experiment(args, argv, runs, state)
         return runs
-    except KeyboardInterrupt:
-        status, reason = 130, f'stopped after {len(runs)} finished runs' + '; --resume goes on' * bool(runs)
-    except SystemExit:  # --help
-        return runs
+    except (KeyboardInterrupt, SystemExit) as end:
+        status = getattr(end, 'code', 130)  # 0: --help
+        reason = f"stopped after {len(runs)} finished runs{'; --resume goes on' * bool(runs)}"
     except Exception as error:
         status, reason = 1 if state['begun'] else 2, str(error).split('\n\n')[0]
-        if isinstance(error, MemoryError) or re.search('out of memory|allocate memory|ALLOC_FAILED', reason):
+        if re.search('MemoryError|out of memory|allocate memory|ALLOC_FAILED|overflowed', repr(error)):
             ram = sys.platform == 'linux' and os.sysconf('SC_AVPHYS_PAGES') * os.sysconf('SC_PAGE_SIZE') >> 20
             reason = f'out of memory, batch size {state["batch"]}, {ram or "?"} MiB free: try less. {reason}'
         elif args and args.compile and not state['begun'] and type(error).__name__ != 'UserError':
             reason = f'--compile failed (needs a C++ compiler, on CUDA also Triton): {reason}'
         elif type(error).__name__ != 'UserError' and 'by peer' not in reason:  # any script's; rank 0 said why
             raise
-    print(f"{NAME}: {' '.join(reason.split())}", file=sys.stderr)
-    if not notebook:
-        sys.exit(status)
-    return runs
+    if status:
+        print(f"{NAME}: {' '.join(reason.split())}", file=sys.stderr)
+    return runs if notebook else sys.exit(status)
 
 if __name__ == '__main__':
-    main(sys.argv[1:] if '__file__' in globals() else [])  # a pasted cell has no __file__, and others' argv
+    if is_script := '__file__' in globals():  # a pasted cell has none, and another program's sys.argv
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    main(sys.argv[1:] if is_script else [])

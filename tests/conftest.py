@@ -1,6 +1,8 @@
 """What every test file uses: both scripts as modules, small data, a network narrow enough for a CPU."""
+import contextlib
 import importlib
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -17,6 +19,33 @@ NARROW = {'net.widths.block1': 8, 'net.widths.block2': 8, 'net.widths.block3': 8
           'opt.batch_size': 64, 'opt.train_epochs': 2.0}
 NARROW_ARGS = ['--device', 'cpu', '--hyp', *(f'{key}={value}' for key, value in NARROW.items())]
 
+
+# ---------------------------------------- The campaign ----------------------------------------
+
+CAMPAIGN = 'campaign: the long form of the fault tests, left out here: python -m pytest tests -m campaign'
+
+
+def times(short, long):
+    """Parametrizes a fault test with n: the short form, and the long one in the campaign."""
+    return pytest.mark.parametrize('n', [short, pytest.param(long, marks=pytest.mark.campaign)])
+
+
+def pytest_configure(config):
+    config.addinivalue_line('markers', CAMPAIGN)
+
+
+def pytest_report_header(config):
+    return None if 'campaign' in config.option.markexpr else CAMPAIGN
+
+
+def pytest_collection_modifyitems(config, items):
+    if 'campaign' not in config.option.markexpr:
+        left_out = [item for item in items if item.get_closest_marker('campaign')]
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = [item for item in items if item not in left_out]
+
+
+# ---------------------------------------- Fixtures ----------------------------------------
 
 @pytest.fixture(params=SCRIPTS)
 def script(request):
@@ -70,6 +99,22 @@ def command(name, *args):
 def environment(**variables):
     """The environment of a subprocess: one thread, so that results repeat and tests can share a machine."""
     return {**os.environ, 'OMP_NUM_THREADS': '1', 'PYTHONUNBUFFERED': '1', **variables}
+
+
+@contextlib.contextmanager
+def live(folder, words, **options):
+    """A running process in a session of its own, which is ended with it; options of Popen.
+    (A shell's background job ignores Ctrl-C and hands that down: it is undone.)"""
+    process = subprocess.Popen(words, cwd=folder, **{
+        'env': environment(), 'stdin': subprocess.DEVNULL, 'stdout': subprocess.PIPE,
+        'stderr': subprocess.STDOUT, 'text': True, 'start_new_session': True,
+        'preexec_fn': lambda: signal.signal(signal.SIGINT, signal.default_int_handler), **options})
+    try:
+        yield process
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
 
 
 @pytest.fixture

@@ -1,5 +1,4 @@
 """The experiment bench: statistics, table, --versus, --sweep, the log, --resume, torchrun."""
-import contextlib
 import copy
 import itertools
 import json
@@ -18,7 +17,7 @@ import pytest
 import torch
 from scipy import stats
 
-from conftest import NARROW, NARROW_ARGS, ROOT, command, environment
+from conftest import NARROW, NARROW_ARGS, ROOT, command, environment, live
 
 MODIFIED, BASELINE = (ROOT / f'airbench94_{name}.py' for name in ('modified', 'baseline'))
 ROW = re.compile(r' +(\d+) +(\d+) +\d+ +(?:\d+\.\d{4}|diverged) .*?(\d+\.\d\d)% +[\d.]+s +\d+m \d\ds  (\S.*)')
@@ -57,19 +56,6 @@ def finished(folder, script, *args, processes=None):
     assert process.returncode == 0, process.stderr
     return SimpleNamespace(out=process.stdout, rows=rows_of(process.stdout), table=table_of(process.stdout),
                            log=Path(folder, re.search('^Log: (.*)', process.stdout, re.M)[1]))
-
-
-@contextlib.contextmanager
-def live(folder, words):
-    """A running process, in a session of its own that is ended with it."""
-    process = subprocess.Popen(words, cwd=folder, env=environment(), stdin=subprocess.DEVNULL, text=True,
-                               stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True)
-    try:
-        yield process
-    finally:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-        process.communicate()
 
 
 def rows_of(out):
@@ -199,7 +185,7 @@ def test_one_arm_has_a_row_per_trial_and_an_average(baseline):
         assert cells_of(row) == [name, str(n), '1m 00.500s', '{}s +- {}'.format(*clock),
                                  '{}% +- {}'.format(*accuracy), f'{np.std(accuracies[part], ddof=1):.2f}',
                                  share, lost]
-    assert bad == 'Diverged: modified trial 2 run 2, 51.00%'
+    assert bad == 'Warning: modified trial 2 run 2 diverged, 51.00%'
 
 
 def test_several_arms_have_a_row_each(baseline):
@@ -281,7 +267,8 @@ def test_diverged_runs_are_named_by_arm_and_judged_by_their_own_arms_median(base
     runs = made_up('a', [94, 94, 83.9, 94]) + made_up('b', [83, 83.1, 83.2, 72], trials=2)
     table = baseline.table(runs, 94.0)
     assert [cells_of(line)[-1] for line in table[1:3]] == ['1/4', '1/4']
-    assert table[3:5] == ['Diverged: a trial 1 run 3, 83.90%', 'Diverged: b trial 2 run 2, 72.00%']
+    assert table[3:5] == [
+        'Warning: a trial 1 run 3 diverged, 83.90%', 'Warning: b trial 2 run 2 diverged, 72.00%']
     assert len(comparison([*table[:3], *table[5:]])[0]) == 1
 
 

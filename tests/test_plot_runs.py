@@ -297,7 +297,7 @@ def test_quiet_and_diverged_logs_are_drawn_without_a_warning(log, plot):
     runs = [record('quiet', run, all=QUIET, epoch2=NULL) for run in (1, 2)]
     done = plot(log('a', [*runs, record('gone', 1, all=NULL)]), '--out', 'flow.png')
     assert (done.returncode, done.stderr) == (0, '')
-    assert 'Diverged: gone trial 1 run 1' in done.stdout
+    assert 'Warning: gone trial 1 run 1 diverged' in done.stdout
 
 
 def test_a_log_of_the_script_itself_can_be_drawn(run, data_dir, plot, tmp_path):
