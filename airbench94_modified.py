@@ -558,7 +558,7 @@ def read_log(folder: str) -> tuple[dict, list]:
         log = json.loads(pathlib.Path(folder, 'experiment.json').read_text('utf-8'))
         files = [file.read_text('utf-8') for file in sorted(pathlib.Path(folder).glob('runs*.jsonl'))]
         runs = [json.loads(line) for file in files for line in file.split('\n')[:-1]]
-        return log['command'][1:] and log, [*{(r['arm'], r['trial'], r['run']): r for r in runs}.values()]
+        return [*log['command'], log][-1], [*{(r['arm'], r['trial'], r['run']): r for r in runs}.values()]
     except (OSError, ValueError, LookupError, TypeError, RecursionError) as error:
         raise UserError(f'{folder} is no log folder: {error}') from None
 

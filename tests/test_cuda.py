@@ -91,3 +91,13 @@ def test_full_size_run_stays_under_4_gib(script):
     with script.overrides({'opt.train_epochs': 1.0}):
         script.train(data, seed=0)
     assert torch.cuda.max_memory_allocated() < 4 * 2 ** 30
+
+
+def test_peak_memory_of_run_50_is_that_of_run_2(script, gpu_data):
+    peaks = []
+    with script.overrides({**NARROW, 'opt.batch_size': 512, 'opt.train_epochs': 1.0}):
+        for seed in range(50):
+            torch.cuda.reset_peak_memory_stats()
+            script.train(gpu_data, seed, quiet=True)
+            peaks.append(torch.cuda.max_memory_allocated())
+    assert peaks[49] == peaks[1]

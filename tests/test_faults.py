@@ -42,18 +42,19 @@ def experiment(tiny_dir, runs):
 
 
 def read_until(process, start, rows=0):
-    """The lines of a process up to one that starts so, and so many rows after it."""
+    """The lines of a process up to one that starts so, and so many rows after it; at once, for a kill."""
     lines = []
     for line in process.stdout:
         lines.append(line)
-        started = any(text.lstrip().startswith(start) for text in lines)
-        if started and len(rows_of(''.join(lines))) >= rows:
+        rows -= bool(rows_of(line))
+        start = '' if line.lstrip().startswith(start) else start
+        if not start and rows <= 0:
             break
     return ''.join(lines)
 
 
 def whole_lines(log):
-    """(trial, run, arm, accuracy in percent, as printed) of each line in runs.jsonl but one without an end."""
+    """(trial, run, arm, accuracy in percent) of each line in runs.jsonl but one without an end."""
     *lines, _ = (log / 'runs.jsonl').read_text().split('\n') if (log / 'runs.jsonl').exists() else ['']
     return [(r['trial'], r['run'], r['arm'], f"{r['tta_acc']:.2%}"[:-1]) for r in map(json.loads, lines)]
 
@@ -73,9 +74,10 @@ def test_killed_again_and_again_it_loses_no_row_and_ends_in_the_table_of_the_unk
         log = log or next(iter((tmp_path / 'logs').iterdir()), None)
         printed |= {*rows_of(out)}
         assert printed <= {*whole_lines(log)}
-        if rng.random() < 0.3 and (log / 'runs.jsonl').exists():  # what a power cut may leave of the last line
+        runs = log / 'runs.jsonl'
+        if rng.random() < 0.3 and runs.exists():  # what a power cut may leave of the last line
             printed -= {*whole_lines(log)[-1:]}
-            os.truncate(log / 'runs.jsonl', max(0, (log / 'runs.jsonl').stat().st_size - rng.randrange(1, 200)))
+            os.truncate(runs, max(0, runs.stat().st_size - rng.randrange(1, 200)))
     result = finished(tmp_path, 'airbench94_modified', '--resume', log)
     whole = finished(tmp_path / 'logs', *[Path(words[1]).stem, *words[2:]])
     assert outcomes(log) == outcomes(whole.log)
@@ -106,7 +108,8 @@ def test_signal_ends_it_with_the_table_of_the_finished_runs(n, number, tiny_dir,
             out += stop_somewhere(rng, process, number)
         assert process.returncode == 128 + number, out
         last = out.splitlines()[-1]
-        assert 'Traceback' not in out and re.fullmatch(r'airbench94_modified: stopped after \d+ .*', last), out
+        assert re.fullmatch(r'airbench94_modified: stopped after \d+ .*', last), out
+        assert 'Traceback' not in out, out
         logs = [*folder.glob('logs/*')]
         assert len(logs) == bool(rows_of(out)) or not rows_of(out)
         for log in logs:
@@ -180,8 +183,9 @@ def test_disk_too_full_for_the_code_is_one_line_before_any_run(size, tiny_dir, t
 @times(3, 20)
 @pytest.mark.parametrize('name', ['airbench94_baseline', 'airbench94_modified'])
 def test_diverging_runs_end_in_their_usual_time_and_are_marked(n, name, tiny_dir, tmp_path):
-    result = finished(tmp_path, name, '--data-dir', tiny_dir, '--seed', 5, '--runs', n, '--trials', 1, '--quiet',
-                      *TINY, 'opt.train_epochs=10', 'opt.lr=1e6', '--versus', f'{ROOT / name}.py:opt.lr=1')
+    result = finished(tmp_path, name, '--data-dir', tiny_dir, '--seed', 5, '--trials', 1, '--runs', n,
+                      '--quiet', *TINY, 'opt.train_epochs=10', 'opt.lr=1e6',
+                      '--versus', f'{ROOT / name}.py:opt.lr=1')
     own, other = name.removeprefix('airbench94_'), f'{ROOT / name} opt.lr=1'
     assert [[cells[0], cells[1], cells[-1]] for cells in result.table[1:3]] == [
         [own, str(n), f'{n}/{n}'], [other, str(n), f'0/{n}']]
@@ -216,10 +220,12 @@ def long(request, tiny_dir, tmp_path_factory):
 def test_memory_stays_flat_over_many_runs(long):
     quarter = len(long.resident) // 4
     first, last = (np.median(part) for part in (long.resident[quarter:2 * quarter], long.resident[-quarter:]))
-    assert last - first < 3, (first, last)  # MiB
+    print(f'{first:.1f} MiB in the second quarter, {last:.1f} MiB in the last')  # pytest's -rP shows it
+    assert last - first < 3
 
 
 def test_overhead_of_a_run_stays_constant(long):
     quarter = len(long.overhead) // 4
-    first, last = (np.median(part) for part in (long.overhead[:quarter], long.overhead[-quarter:]))
-    assert last < 1.5 * first + 0.0005, (first, last)
+    first, last = (np.quantile(x, 0.2) for x in (long.overhead[:quarter], long.overhead[-quarter:]))
+    print(f'{1000 * first:.2f} ms in the first quarter, {1000 * last:.2f} ms in the last')
+    assert last < 1.3 * first + 0.0003
