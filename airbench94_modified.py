@@ -328,19 +328,20 @@ def read_cache(path: str, device: torch.device | str) -> dict:
     """A train.pt or test.pt that may be anybody's: no code in it is run, and its content is checked."""
     try:
         file = zipfile.ZipFile(path)  # torch.load checks no sums, leaves what has a folder's flag unfilled
-        damaged = any(x.file_size != x.compress_size or x.external_attr & 16 for x in file.infolist())
-        cache = damaged or file.testzip() or torch.load(path, map_location='cpu', weights_only=True)
+        size = sum(math.inf if x.external_attr & 16 else x.file_size for x in file.infolist())
+        cache = size > os.path.getsize(path) or file.testzip() or torch.load(path, 'cpu', weights_only=True)
         images, labels, classes = map(cache.get, ('images', 'labels', 'classes'))
         if ((images.dtype, images.shape[1:]) != (torch.uint8, (32, 32, 3)) or not len(labels)
                 or (labels.dtype, labels.shape) != (torch.int64, images.shape[:1])
                 or any(x.is_meta or x.nbytes > x.untyped_storage().nbytes() for x in (images, labels))
                 or not set(labels.tolist()) <= set(range(10)) or [*map(type, [] + classes)] != [str] * 10):
             raise ValueError
-        return {'images': images.to(device), 'labels': labels.to(device), 'classes': classes}
     except Exception as error:  # a damaged file fails anywhere, with any type
-        raise error if re.search('MemoryError|allocate memory|out of memory', repr(error)) else UserError(
+        oom = type(error) in (MemoryError, RuntimeError) and re.search('^Mem|allocate memory', repr(error))
+        raise MemoryError(f'{path}: {error}') if oom else UserError(
             f'{path} is damaged, holds pickled code or lacks images (uint8 [N, 32, 32, 3]), labels (int64 '
             '[N], 0 to 9) or 10 class names: delete it, and CIFAR-10 is downloaded again') from None
+    return {'images': images.to(device), 'labels': labels.to(device), 'classes': classes}
 
 def download(data_dir: str, paths: dict):
     """CIFAR-10 by torchvision, in a private folder from which whole files move to their paths."""
@@ -441,7 +442,8 @@ def make_arms(args: argparse.Namespace) -> list[Arm]:
             script.train, script.hyp['opt']['batch_size'], json.dumps(script.hyp, allow_nan=False)  # or fails
             todo.append((f'{stem}.py', stem, script, {}, pairs(filter(None, changes.split(',')))))
         except (Exception, SystemExit) as error:
-            raise UserError(f'--versus {stem}.py: {type(error).__name__}: {error}') from None
+            raise error if getattr(error, 'code', 0) == 128 + signal.SIGTERM else UserError(
+                f'--versus {stem}.py: {type(error).__name__}: {error}') from None
     for path, label, script, recipe, changes in todo:
         name = ' '.join([label.removeprefix('airbench94_'), *map('='.join, changes.items())])
         name += f' #{len(arms) + 1}' * (name in [arm.name for arm in arms])
@@ -534,7 +536,7 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     add('--target', metavar='PCT', type=float, default=94.0, help='accuracy in percent to count from (94)')
     add('--quiet', action='store_true', help='one row per run: no evaluation after each epoch')
     add('--synthetic', action='store_true', help='generated images in place of CIFAR-10')
-    ' '.join(argv).isprintable() or fail('arguments with line breaks, control characters or broken UTF-8')
+    re.search(r'[\0-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]', ' '.join(argv)) and fail('control character')
     resume = parser.parse_args(argv).resume  # what is not given again is as in the log
     args = parser.parse_args([*(read_log(resume)[0]['command'][1:] if resume else []), *argv])
     for name, low, high in ('trials', 1, 10**9), ('runs', 1, 10**9), ('seed', 0, 2**64), ('target', 0, 100):
@@ -670,8 +672,7 @@ def experiment(args: argparse.Namespace, argv: list[str], runs: list, state: dic
             shutil.rmtree(folder, ignore_errors=True)
 
 def main(argv: list[str] | None = None) -> list[dict]:
-    """The command line: argv, by default the process's own, in a notebook none. Returns the finished runs. An
-    error that the user can mend is one line and, outside notebooks, status 2; 1 after the first run began."""
+    """The command line; argv None: the process's, in a notebook []. Returns the finished runs, or exits."""
     notebook, runs, args, state = hasattr(builtins, '__IPYTHON__'), [], None, {'begun': False, 'batch': '?'}
     argv = ([] if notebook else sys.argv[1:]) if argv is None else argv
     try:
@@ -679,7 +680,7 @@ def main(argv: list[str] | None = None) -> list[dict]:
         experiment(args, argv, runs, state)
         return runs
     except (KeyboardInterrupt, SystemExit) as end:
-        status = getattr(end, 'code', 130)  # 0: --help
+        status = getattr(end, 'code', 130) or int(args is not None)  # 0: --help
         reason = f"stopped after {len(runs)} finished runs{'; --resume goes on' * bool(runs)}"
     except Exception as error:
         status, reason = 1 if state['begun'] else 2, str(error).split('\n\n')[0]
@@ -690,11 +691,10 @@ def main(argv: list[str] | None = None) -> list[dict]:
             reason = f'--compile failed (needs a C++ compiler, on CUDA also Triton): {reason}'
         elif type(error).__name__ != 'UserError' and 'by peer' not in reason:  # any script's; rank 0 said why
             raise
-    if status:
-        print(f"{NAME}: {' '.join(reason.split())}", file=sys.stderr)
+    status and print(f"{NAME}: {' '.join(reason.split())}", file=sys.stderr)
     return runs if notebook else sys.exit(status)
 
 if __name__ == '__main__':
     if is_script := '__file__' in globals():  # a pasted cell has none, and another program's sys.argv
-        signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+        signal.signal(signal.SIGTERM, lambda n, _: signal.signal(n, signal.SIG_IGN) and sys.exit(128 + n))
     main(sys.argv[1:] if is_script else [])
