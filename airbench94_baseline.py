@@ -334,7 +334,7 @@ def read_cache(path: str, device: torch.device | str) -> dict:
                 or not set(labels.tolist()) <= set(range(10)) or [*map(type, [] + classes)] != [str] * 10):
             raise ValueError
     except Exception as error:  # a damaged file fails anywhere, with any type
-        oom = type(error) in (MemoryError, RuntimeError) and re.search('^Mem|allocate memory', repr(error))
+        oom = re.search('^MemoryError|allocate memory', repr(error))
         raise MemoryError(f'{path}: {error}') if oom else UserError(
             f'{path} is damaged, holds pickled code or lacks images (uint8 [N, 32, 32, 3]), labels (int64 '
             '[N], 0 to 9) or 10 class names: delete it, and CIFAR-10 is downloaded again') from None

@@ -147,7 +147,7 @@ def test_second_sigterm_leaves_the_table_alone(tiny_dir, tmp_path):
         out = read_until(process, HEAD, 2)
         for _ in range(20):
             process.send_signal(signal.SIGTERM)
-            time.sleep(0.002)
+            time.sleep(0.01)
         out += process.communicate(timeout=40)[0]
     assert process.returncode == 128 + signal.SIGTERM and runs_in_table(out) >= 2, out
 
