@@ -13,6 +13,7 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = ('airbench94_baseline', 'airbench94_modified')
 sys.path.insert(0, str(ROOT))
+torch.set_num_threads(1)  # the tests' work is tiny: on a busy machine a second thread waits for its turn
 
 # A run of a second or two: 4 steps per epoch on the 256 images of `data`.
 NARROW = {'net.widths.block1': 8, 'net.widths.block2': 8, 'net.widths.block3': 8,
