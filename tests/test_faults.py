@@ -177,7 +177,7 @@ def test_signal_ends_torchrun_and_its_workers(n, number, tiny_dir, tmp_path):
         wait_for(lambda: not any(map(alive, workers)), seconds=5)
         log, = folder.glob('logs/*')
         assert {*rows_of(out)} <= {*whole_lines(log)} and f'Log: logs/{log.name}' in out
-        assert abs(runs_in_table(out) - len(records(log))) <= 4, out
+        assert len(rows_of(out)) <= runs_in_table(out) <= len(records(log)) + 2, out  # the other may go on
 
 
 # ---------------------------------------- A full disk ----------------------------------------
