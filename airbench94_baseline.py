@@ -353,7 +353,7 @@ def download(data_dir: str, paths: dict):
                 dataset, file = CIFAR10(folder, split == 'train', download=True), os.path.join(folder, split)
                 torch.save({'images': torch.from_numpy(dataset.data), 'labels': torch.tensor(dataset.targets),
                             'classes': dataset.classes}, file)
-                os.replace(file, paths[split])
+                read_cache(file, 'cpu') and os.replace(file, paths[split])  # torch 2.4 hides a full disk
     except Exception as error:  # network, archive and disk fail in many ways
         raise UserError(
             f'CIFAR-10 could not be downloaded to {data_dir} ({error}): put train.pt and test.pt there, or '

@@ -249,7 +249,7 @@ def assert_download_failed(result, folder):
     *progress, line = result.err.splitlines()
     assert_refused(SimpleNamespace(status=result.status, err=line + '\n'))
     assert not [text for text in progress if 'Traceback' in text or 'Error' in text]
-    assert all(word in line for word in (str(folder), 'train.pt', 'test.pt', ARCHIVE))
+    assert all(word in line for word in (str(folder), 'train.pt', 'test.pt', ARCHIVE)), line
 
 
 def assert_empty(folder):
