@@ -681,7 +681,7 @@ def unbroken(broken, args, tmp_path_factory):
 
 def test_killed_process_ends_the_job(broken):
     assert broken.status not in (0, None)
-    assert 1 <= len(records(broken.log)) < 8 and '\nArm ' not in broken.out
+    assert 1 <= len(records(broken.log)) < 8
 
 
 @pytest.mark.parametrize('processes', [None, 3])
