@@ -95,6 +95,12 @@ def test_killed_again_and_again_it_loses_no_row_and_ends_in_the_table_of_the_unk
 SIGNALS = [signal.SIGINT, signal.SIGTERM]
 
 
+def new_folders(tmp_path, n):
+    for i in range(n):
+        (tmp_path / str(i)).mkdir()
+        yield tmp_path / str(i)
+
+
 def stop_somewhere(rng, process, number):
     """Send a signal at a random moment; what was printed until the end, which comes within half a minute."""
     time.sleep(rng.uniform(0, 0.1))
@@ -106,9 +112,7 @@ def stop_somewhere(rng, process, number):
 @times(2, 50)
 def test_signal_ends_it_with_the_table_of_the_finished_runs(n, number, tiny_dir, tmp_path):
     rng = random.Random(n)
-    for i in range(n):
-        folder = tmp_path / str(i)
-        folder.mkdir()
+    for folder in new_folders(tmp_path, n):
         with live(folder, experiment(tiny_dir, 10**6)) as process:
             out = read_until(process, rng.choice([TITLE] + 3 * [HEAD]), rng.randrange(6))
             out += stop_somewhere(rng, process, number)
@@ -117,7 +121,7 @@ def test_signal_ends_it_with_the_table_of_the_finished_runs(n, number, tiny_dir,
         assert re.fullmatch(r'airbench94_modified: stopped after \d+ .*', last), out
         assert 'Traceback' not in out, out
         logs = [*folder.glob('logs/*')]
-        assert len(logs) == bool(rows_of(out)) or not rows_of(out)
+        assert logs or not rows_of(out)
         for log in logs:
             lines = whole_lines(log)
             in_table = runs_in_table(out)
@@ -157,17 +161,15 @@ def children(pid):
 
 
 def alive(pid):
-    with_state = Path(f'/proc/{pid}/stat')
-    return with_state.exists() and with_state.read_text().rsplit(')')[-1].split()[0] != 'Z'
+    file = Path(f'/proc/{pid}/stat')
+    return file.exists() and file.read_text().rsplit(')')[-1].split()[0] != 'Z'
 
 
 @pytest.mark.parametrize('number', SIGNALS)
 @times(1, 10)
 def test_signal_ends_torchrun_and_its_workers(n, number, tiny_dir, tmp_path):
     rng = random.Random(n)
-    for i in range(n):
-        folder = tmp_path / str(i)
-        folder.mkdir()
+    for folder in new_folders(tmp_path, n):
         words = [*TORCHRUN, '--nproc_per_node=2', *experiment(tiny_dir, 10**6)[1:]]
         with live(folder, words) as process:
             out = read_until(process, HEAD, rng.randrange(1, 6))
