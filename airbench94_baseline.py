@@ -8,9 +8,8 @@
 Or paste the whole file into a notebook cell. What follows `train` is tooling. README.md has the results.
 """
 NAME = 'airbench94_baseline'
-import argparse, builtins, collections, contextlib, datetime, difflib, functools, importlib.util
-import itertools, json, linecache, math, os, pathlib, platform, re, secrets, shutil, signal, sys, tempfile
-import time, zipfile, zlib
+import argparse, builtins, collections, contextlib, datetime, difflib, functools, importlib.util, itertools
+import json, linecache, math, os, pathlib, platform, re, shutil, signal, sys, tempfile, time, zipfile, zlib
 from unittest import mock
 
 import numpy as np
@@ -28,13 +27,15 @@ hyp = {  # `--hyp opt.lr=10` overrides one, `--recipe NAME` a named set
         'bias_scaler': 64.0,        # multiplies the lr (not the weight decay) of the BatchNorm biases
         'label_smoothing': 0.2,
         'whiten_bias_epochs': 3,    # the whitening bias trains for this many epochs, then freezes
+        'small_epochs': 0, 'small_size': 24,  # the first epochs train on images scaled down to this
     },
     'aug': {'flip': True, 'translate': 2},  # alternating mirror; random crop after padding by 2 pixels
     'net': {
         'widths': {'block1': 64, 'block2': 256, 'block3': 256},
         'batchnorm_momentum': 0.6,  # share of the OLD running statistic that is kept
         'scaling_factor': 1 / 9,    # multiplies the logits
-        'tta_level': 2,             # test-time augmentation: 0 none, 1 mirror, 2 mirror and translate
+        'tta_level': 2, 'tta_share': 1.0,  # TTA: 0 none, 1 mirror, 2 and translate; of the least sure images
+        'compile': False,           # train with the Engine (`--compile`)
     },
 }
 RECIPES = {'report': {}}  # name -> {'opt.lr': value, ...}, the differences from hyp
@@ -69,27 +70,23 @@ class CifarLoader:
         self.labels = split['labels'].to(device)
         self.classes, self.batch_size = split['classes'], batch_size
         self.aug = {'flip': False, 'translate': 0, **(aug or {})}
-        if len(self.aug) > 2:
-            raise ValueError(f"aug knows 'flip' and 'translate', not {list(self.aug)[2:]}")
+        if len(self.aug) > 2: raise ValueError(f"aug knows 'flip' and 'translate', not {list(self.aug)[2:]}")
         self.drop_last, self.shuffle = (train if flag is None else flag for flag in (drop_last, shuffle))
         self.epoch, self.proc_images, self.proc_source = 0, {}, None
     def normalize(self, images: torch.Tensor) -> torch.Tensor:
         """(images - mean) / std of each channel, for images [N, 3, H, W] in [0, 1]."""
-        mean, std = (torch.tensor(v, dtype=images.dtype).view(3, 1, 1).to(images.device, non_blocking=True)
-                     for v in (CIFAR_MEAN, CIFAR_STD))
-        return (images - mean).div_(std)
+        stats = torch.tensor((CIFAR_MEAN, CIFAR_STD), dtype=images.dtype).to(images.device, non_blocking=True)
+        return (images - stats[0].view(3, 1, 1)).div_(stats[1].view(3, 1, 1))
     @torch.no_grad()
     def precompute(self):
         """Fill proc_images ('norm', with aug 'flip' and 'pad') from images, where that has not been done."""
         if len(self.images) != len(self.labels):
             raise ValueError(f'{len(self.images)} images but {len(self.labels)} labels')
-        if self.proc_source is self.images:
-            return
+        if self.proc_source is self.images: return
         self.proc_source, pad = self.images, self.aug['translate']
         images = self.normalize(self.images)
         self.proc_images = {'norm': images}
-        if self.aug['flip']:
-            images = self.proc_images['flip'] = batch_flip_lr(images)
+        if self.aug['flip']: images = self.proc_images['flip'] = batch_flip_lr(images)
         if pad:
             padded = F.pad(images, (pad,) * 4, 'reflect')
             self.proc_images['pad'] = padded.contiguous(memory_format=torch.channels_last)
@@ -102,19 +99,15 @@ class CifarLoader:
         if 'pad' in self.proc_images:
             offsets = torch.randint(2 * self.aug['translate'] + 1, (n, 2), device=device)
             images = batch_crop(self.proc_images['pad'], size, offsets, torch.arange(n, device=device))
-        if self.aug['flip'] and self.epoch % 2 == 1:
-            images = images.flip(-1)
+        if self.aug['flip'] and self.epoch % 2 == 1: images = images.flip(-1)
         self.epoch += 1
         order = torch.randperm(n, device=device) if self.shuffle else torch.arange(n, device=device)
-        for index in order.split(self.batch_size)[:len(self)]:
-            yield images[index], self.labels[index]
+        for index in order.split(self.batch_size)[:len(self)]: yield images[index], self.labels[index]
 
 # ---------------------------------------- Network ----------------------------------------
 def image_dtype(device: torch.device) -> torch.dtype:  # of the weights too; BatchNorm stays in float32
     return torch.float16 if device.type == 'cuda' else torch.float32
-
-def autocast(device: torch.device):
-    """bfloat16 autocast on a CPU that gains from it; on CUDA the weights themselves have half precision."""
+def autocast(device: torch.device):  # for a CPU that gains; on CUDA the weights are in half precision
     return torch.autocast('cpu', torch.bfloat16, enabled='bfloat16' in environment(device)['dtype'])
 
 class Mul(nn.Module):
@@ -160,7 +153,7 @@ def make_net(device: torch.device | str = 'cpu') -> nn.Sequential:
         ConvGroup(24, widths['block1'], momentum),
         ConvGroup(widths['block1'], widths['block2'], momentum),
         ConvGroup(widths['block2'], widths['block3'], momentum),
-        nn.MaxPool2d(3), nn.Flatten(),
+        nn.AdaptiveMaxPool2d(1), nn.Flatten(),  # 3x3 in full-size images
         nn.Linear(widths['block3'], 10, bias=False), Mul(hyp['net']['scaling_factor']))
     net[0].weight.requires_grad = False
     nn.init.zeros_(net[0].bias)
@@ -188,7 +181,7 @@ def make_optimizer(net: nn.Module) -> torch.optim.SGD:
     others = [p for name, p in net.named_parameters() if p.requires_grad and 'norm' not in name]
     groups = [{'params': biases, 'lr': lr_biases, 'weight_decay': wd / lr_biases},
               {'params': others, 'lr': lr, 'weight_decay': wd / lr}]
-    return torch.optim.SGD(groups, momentum=opt['momentum'], nesterov=True)
+    return torch.optim.SGD(groups, momentum=opt['momentum'], nesterov=True, fused=True)
 
 def lr_factor(step: int, total_steps: int) -> float:
     """What the learning rates are multiplied by after `step` finished steps: 0.2, up to 1, down to 0.07."""
@@ -200,84 +193,89 @@ class LookaheadState:
     """Slow average of the floating-point state of a network: parameters, the frozen ones too, and BatchNorm
     statistics. Source: Zhang et al. 2019, arXiv:1907.08610, with airbench94's rising decay."""
     def __init__(self, net: nn.Module):
-        self.fast = [tensor for tensor in net.state_dict().values() if tensor.is_floating_point()]
-        self.slow = [tensor.clone() for tensor in self.fast]
+        tensors = [tensor for tensor in net.state_dict().values() if tensor.is_floating_point()]
+        dtypes = {tensor.dtype for tensor in tensors}  # a foreach kernel takes tensors of one
+        self.fast = [[tensor for tensor in tensors if tensor.dtype is dtype] for dtype in dtypes]
+        self.slow = [[tensor.clone() for tensor in tensors] for tensors in self.fast]
     @torch.no_grad()
     def update(self, decay: float):
         """slow <- decay x slow + (1 - decay) x fast, then fast (the network) <- slow."""
-        torch._foreach_lerp_(self.slow, self.fast, 1 - decay)
-        torch._foreach_copy_(self.fast, self.slow)
+        for slow, fast in zip(self.slow, self.fast):
+            torch._foreach_lerp_(slow, fast, 1 - decay)
+            torch._foreach_copy_(fast, slow)
 
 # ---------------------------------------- Evaluation ----------------------------------------
 @torch.no_grad()
-def infer(model: nn.Module, loader: CifarLoader, tta_level: int = 0) -> torch.Tensor:
+def infer(model: nn.Module, loader: CifarLoader, tta_level: int = 0, tta_share: float = 1.0) -> torch.Tensor:
     """float32 logits [N, 10] of the loader's images, in order, not augmented. tta_level 0: the image; 1: mean
-    of it and its mirror; 2: half of that, a quarter each of the same one pixel up-left and down-right."""
-    def mirror(x):
-        return 0.5 * model(x) + 0.5 * model(x.flip(-1))
-
-    def mirror_translate(x):
-        padded = F.pad(x, (1,) * 4, 'reflect')
-        shifted = (padded[:, :, i:i + x.shape[2], i:i + x.shape[3]] for i in (0, 2))
-        up_left, down_right = (mirror(s.contiguous(memory_format=torch.channels_last)) for s in shifted)
-        return 0.5 * mirror(x) + 0.5 * (0.5 * up_left + 0.5 * down_right)
-
+    of it and its mirror; 2: half of that, a quarter each of the same one pixel up-left and down-right.
+    tta_share: part of the images that gets it, in whole batches: those with the closest two best logits."""
+    def predict(images, weights):  # a weight for each view; all views of a batch together
+        for batch in images.split(loader.batch_size):
+            padded = F.pad(batch, (1,) * 4, 'reflect')
+            crops = batch, padded[:, :, :-2, :-2], padded[:, :, 2:, 2:]
+            views = torch.cat([view for crop in crops for view in (crop, crop.flip(-1))][:len(weights)])
+            with autocast(batch.device):
+                outputs = model(views.contiguous(memory_format=torch.channels_last)).float()
+            yield sum(map(torch.mul, outputs.chunk(len(weights)), weights))
     model.eval()
     loader.precompute()
-    predict, images = (model, mirror, mirror_translate)[tta_level], loader.proc_images['norm']
-    with autocast(images.device):
-        return torch.cat([predict(batch).float() for batch in images.split(loader.batch_size)])
+    images, weights = loader.proc_images['norm'], [[1], [0.5] * 2, [0.25] * 2 + [0.125] * 4]
+    if tta_share == 1: return torch.cat([*predict(images, weights[tta_level])])
+    logits = torch.cat([*predict(images, weights[0])])
+    batches = math.ceil(tta_share * len(images) / loader.batch_size)  # whole ones: no new shapes to compile
+    unsure = logits.topk(2).values.diff()[:, 0].topk(min(batches * loader.batch_size, len(images))).indices
+    logits[unsure] = torch.cat([*predict(images[unsure], weights[tta_level])])
+    return logits
 
 def accuracy(logits: torch.Tensor, labels: torch.Tensor) -> float:
     return (logits.argmax(1) == labels).sum().item() / len(labels)
-
 def evaluate(model: nn.Module, loader: CifarLoader, tta_level: int = 0) -> float:
     """Accuracy in [0, 1] of `infer` on the loader's labels."""
     return accuracy(infer(model, loader, tta_level), loader.labels)
 
 # ---------------------------------------- Training ----------------------------------------
-def now(device: torch.device) -> float:
-    """Host seconds, when the device has finished all its work."""
-    if device.type == 'cuda':
-        torch.cuda.synchronize(device)
+def now(device: torch.device) -> float:  # host seconds, when the device has finished all its work
+    if device.type == 'cuda': torch.cuda.synchronize(device)
     return time.perf_counter()
 
-def train_step(net, optimizer, images, labels, label_smoothing):
-    """Forward, backward, update. Returns the loss, summed over the batch in float32, and the logits."""
+def summed_loss(net, images, labels, label_smoothing):
+    """The loss, summed over the batch in float32, and the logits."""
+    logits = net(images)
+    return F.cross_entropy(logits.float(), labels, label_smoothing=label_smoothing, reduction='sum'), logits
+
+def train_step(net, optimizer, images, labels, label_smoothing, loss_function=summed_loss):
+    """Forward, backward, update. Returns the summed loss and the logits."""
     optimizer.zero_grad(set_to_none=True)
     with autocast(images.device):
-        logits = net(images)
-    loss = F.cross_entropy(logits.float(), labels, label_smoothing=label_smoothing, reduction='sum')
+        loss, logits = loss_function(net, images, labels, label_smoothing)
     loss.backward()
     optimizer.step()
     return loss.detach(), logits.detach()
 
-def train(data: dict, seed: int, device: torch.device | str | None = None, net: nn.Module | None = None,
+def train(data: dict, seed: int, device: torch.device | str | None = None, engine=None,
           quiet: bool = False, on_epoch=None) -> tuple[dict, nn.Module]:
     """One run from scratch on the dict of `load_data`, under hyp. Returns its record and the trained network.
-    net: of `make_net`, perhaps compiled: reset and trained in place of a new one. quiet: evaluate only at the
-    end. on_epoch(row): called after each epoch but the last, off the clock. The record: README, runs.jsonl.
+    engine: an `Engine`, whose network is trained in place of a new one. quiet: evaluate only at the end.
+    on_epoch(row): called after each epoch but the last, off the clock. The record: README, runs.jsonl.
     Reseeds torch, leaves cuDNN's benchmark mode on; UserError where the images do not fill a batch."""
     wall_start, opt = time.perf_counter(), hyp['opt']
     torch.backends.cudnn.benchmark = True  # shapes are fixed: try cuDNN's kernels once, keep the fastest
     device = data['train']['images'].device if device is None else torch.device(device)
     torch.manual_seed(seed)
-    fresh = make_net(device)
-    net = fresh if net is None else net
-    net.load_state_dict(fresh.state_dict())
-    net[0].bias.requires_grad = True
-    optimizer = make_optimizer(net)
+    net = make_net(device)
+    optimizer, step_function = make_optimizer(net), train_step
     peak_lrs = [group['lr'] for group in optimizer.param_groups]
+    if engine: net, optimizer, step_function = engine.reset(net)
     torch.manual_seed(seed + 2 ** 32)  # a stream of its own: batches do not depend on the network's init
     start = now(device)
     train_loader = CifarLoader(data, train=True, batch_size=opt['batch_size'], aug=hyp['aug'], device=device)
-    test_loader = CifarLoader(data, train=False, batch_size=2000, device=device)
+    test_loader = CifarLoader(data, False, 1000 if device.type == 'cuda' else 100, device=device)
     test_loader.precompute()  # once, on the clock, for all evaluations of the run
     init_whitening_conv(net[0], train_loader.normalize(train_loader.images[:5000]))
     lookahead = LookaheadState(net)
     step, rows, total_steps = 0, [], math.ceil(len(train_loader) * opt['train_epochs'])
-    if not total_steps:
-        raise UserError(f"opt.batch_size={opt['batch_size']} is over the {len(train_loader.images)} images")
+    if not total_steps: raise UserError(f"opt.batch_size={opt['batch_size']} > {len(train_loader.images)} images")
     seconds = now(device) - start
     while step < total_steps:
         start = now(device)
@@ -286,10 +284,11 @@ def train(data: dict, seed: int, device: torch.device | str | None = None, net: 
         for images, labels in train_loader:
             for group, peak_lr in zip(optimizer.param_groups, peak_lrs):
                 group['lr'] = peak_lr * lr_factor(step, total_steps)
-            loss, logits = train_step(net, optimizer, images, labels, opt['label_smoothing'])
+            if len(rows) < opt['small_epochs']:
+                images = F.interpolate(images, size=opt['small_size'], mode='bilinear', antialias=True)
+            loss, logits = step_function(net, optimizer, images, labels, opt['label_smoothing'])
             step += 1
-            if step % 5 == 0:
-                lookahead.update(decay=0.95 ** 5 * (step / total_steps) ** 3)
+            if step % 5 == 0: lookahead.update(decay=0.95 ** 5 * (step / total_steps) ** 3)
             if step == total_steps:
                 lookahead.update(decay=1.0)
                 break
@@ -300,27 +299,62 @@ def train(data: dict, seed: int, device: torch.device | str | None = None, net: 
         rows.append({'epoch': len(rows) + 1, 'train_acc': accuracy(logits, labels), 'test_acc': test_acc,
                      'train_loss': loss.item() / len(labels), 'clock_seconds': seconds,
                      'eval_seconds': now(device) - eval_start})
-        if on_epoch and step < total_steps:
-            on_epoch(rows[-1])
+        if on_epoch and step < total_steps: on_epoch(rows[-1])
     start = now(device)
-    logits = infer(net, test_loader, hyp['net']['tta_level'])
+    logits = infer(net, test_loader, hyp['net']['tta_level'], hyp['net']['tta_share'])
     seconds += now(device) - start
     return {'seed': seed, 'epochs': rows, 'tta_acc': accuracy(logits, test_loader.labels),
             'clock_seconds': seconds, 'eval_seconds': sum(row['eval_seconds'] for row in rows),
             'wall_seconds': time.perf_counter() - wall_start}, net
 
-# ---------------------------------------- Data files and machine ----------------------------------------
-class UserError(ValueError):
-    """What the user can mend, in one line."""
+# ---------------------------------------- Engine: net.compile ----------------------------------------
+class Engine:
+    """A compiled network, its optimizer and the step that trains it, made once under the hyp of its runs, and
+    reset for each. On CUDA the third step of each kind (size of the images, whitening bias trained or frozen)
+    is captured as a CUDA graph, which later ones replay, on a stream of its own that stays current."""
+    def __init__(self, device: torch.device, **options):
+        self.net, self.graphs, self.calls = make_net(device), {}, collections.Counter()
+        self.optimizer, self.pool = make_optimizer(self.net), None
+        self.lrs = [torch.zeros((), device=device) for _ in self.optimizer.param_groups]
+        if device.type == 'cuda':
+            torch.cuda.synchronize(device)  # what is to be captured must not run on the default stream before
+            torch.cuda.set_stream(torch.cuda.Stream(device))
+            self.pool = torch.cuda.graph_pool_handle()
+        for module in self.net.modules():  # on a CPU ATen's are faster than the compiler's
+            if device.type == 'cpu' and isinstance(module, (nn.MaxPool2d, BatchNorm)):
+                module.forward = torch.compiler.disable(module.forward)
+        self.net.compile(dynamic=False, **options)  # for evaluation
+        self.loss_function = torch.compile(summed_loss, dynamic=False, **options)
+    def reset(self, net: nn.Module) -> tuple:
+        """Network, optimizer and step of a new run: the same tensors, with net's weights and no momentum."""
+        self.net.load_state_dict(net.state_dict())
+        for state in self.optimizer.state.values(): state['momentum_buffer'].zero_()
+        return self.net, self.optimizer, self.step
+    def step(self, net, optimizer, images, labels, label_smoothing):
+        """`train_step`. On CUDA the next step overwrites the results."""
+        def step(*batch): return train_step(net, optimizer, *batch, label_smoothing, self.loss_function)
+        for lr, group in zip(self.lrs, optimizer.param_groups):
+            group['lr'] = lr.fill_(group['lr'])  # beside the batch all that changes from step to step
+        kind = images.shape, net[0].bias.requires_grad
+        self.calls[kind] += 1
+        if self.pool is None or self.calls[kind] < 3: return step(images, labels)  # compiles, picks kernels
+        if self.calls[kind] == 3:
+            graph, batch = torch.cuda.CUDAGraph(), (images.clone(), labels.clone())
+            with torch.cuda.graph(graph, self.pool, torch.cuda.current_stream(images.device)):
+                self.graphs[kind] = graph, batch, step(*batch)
+        graph, batch, results = self.graphs[kind]
+        for static, new in zip(batch, (images, labels)): static.copy_(new)
+        graph.replay()
+        return results
 
+# ---------------------------------------- Data files and machine ----------------------------------------
+class UserError(ValueError): """What the user can mend, in one line."""
 def load_data(data_dir: str, device: torch.device | str | None = None) -> dict:
     """{'train': {'images': uint8 [N, 32, 32, 3], 'labels': int64 [N], 'classes': 10 names}, 'test': ...} from
     data_dir/train.pt and test.pt, which torchvision downloads where one is missing. Raises UserError."""
     paths = {split: os.path.join(data_dir, f'{split}.pt') for split in ('train', 'test')}
-    if not all(map(os.path.exists, paths.values())):
-        download(data_dir, paths)
+    if not all(map(os.path.exists, paths.values())): download(data_dir, paths)
     return {split: read_cache(path, device or pick_device('auto')) for split, path in paths.items()}
-
 def read_cache(path: str, device: torch.device | str) -> dict:
     """A train.pt or test.pt that may be anybody's: no code in it is run, and its content is checked."""
     try:
@@ -339,9 +373,7 @@ def read_cache(path: str, device: torch.device | str) -> dict:
             f'{path} is damaged, holds pickled code or lacks images (uint8 [N, 32, 32, 3]), labels (int64 '
             '[N], 0 to 9) or 10 class names: delete it, and CIFAR-10 is downloaded again') from None
     return {'images': images.to(device), 'labels': labels.to(device), 'classes': classes}
-
-def download(data_dir: str, paths: dict):
-    """CIFAR-10 by torchvision, in a private folder from which whole files move to their paths."""
+def download(data_dir: str, paths: dict):  # by torchvision, in a private folder; whole files move to paths
     print(f'No train.pt and test.pt in {data_dir} yet: getting CIFAR-10 (170 MB)', flush=True)
     try:
         os.makedirs(data_dir, exist_ok=True)
@@ -358,7 +390,6 @@ def download(data_dir: str, paths: dict):
         raise UserError(
             f'CIFAR-10 could not be downloaded to {data_dir} ({error}): put train.pt and test.pt there, or '
             'cifar-10-python.tar.gz from www.cs.toronto.edu/~kriz/cifar.html; or try --synthetic') from None
-
 def synthetic_data(device: torch.device | str, train: int = 50000, test: int = 10000) -> dict:
     """What `load_data` returns, made up: each class has a pattern, in some images faint, under noise."""
     rng, data = torch.Generator().manual_seed(94), {}
@@ -369,14 +400,12 @@ def synthetic_data(device: torch.device | str, train: int = 50000, test: int = 1
         images = images.add_(128).clamp_(0, 255).byte().permute(0, 2, 3, 1).contiguous()
         data[split] = {'images': images.to(device), 'labels': labels.to(device), 'classes': [*'abcdefghij']}
     return data
-
 def pick_device(name: str) -> torch.device:
     name = ('cuda' if torch.cuda.is_available() else 'cpu') if name == 'auto' else name
     name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if name == 'cuda' else name  # torchrun: a GPU each
     if name not in ['cpu', *map('cuda:{}'.format, range(torch.cuda.device_count()))]:
         raise UserError(f'--device {name}: torch finds {torch.cuda.device_count()} CUDA devices and cpu')
     return torch.device(name)
-
 @functools.cache
 def environment(device: torch.device) -> dict:
     facts = {'torch': torch.__version__, 'python': platform.python_version()}
@@ -389,43 +418,35 @@ def environment(device: torch.device) -> dict:
             'dtype': 'float32' + ' under bfloat16 autocast' * bool(re.search('avx512_bf16|amx_bf16', text))}
 
 # ---------------------------------------- Arms: what is compared ----------------------------------------
-LIMITS = {  # least and greatest value, where they are not 1 (of a float 1e-9) and 1e9
+LIMITS = {int: (1, 10**9), float: (1e-9, 1e9), bool: (False, True), 'aug.translate': (0, 31),  # from, to
     'opt.momentum': (1e-6, 0.9999), 'opt.weight_decay': (0, 1e9), 'opt.label_smoothing': (0, 1),
-    'opt.whiten_bias_epochs': (0, 1e9), 'aug.flip': (False, True), 'aug.translate': (0, 31),
-    'net.batchnorm_momentum': (0, 1), 'net.tta_level': (0, 2)}
+    'opt.whiten_bias_epochs': (0, 1e9), 'opt.small_epochs': (0, 1e9), 'opt.small_size': (9, 1e3),
+    'net.batchnorm_momentum': (0, 1), 'net.tta_level': (0, 2), 'net.tta_share': (1e-9, 1)}
 Arm = collections.namedtuple('Arm', 'name script source hyp')  # hyp: {'opt.lr': 10.0, ...}, with every key
-
-def flat(tree: dict, prefix: str = '') -> dict:
-    """{'opt': {'lr': 10.0}} -> {'opt.lr': 10.0}."""
+def flat(tree: dict, prefix: str = '') -> dict:  # {'opt': {'lr': 10.0}} -> {'opt.lr': 10.0}
     return {key: leaf for name, branch in tree.items() for key, leaf in (
         flat(branch, f'{prefix}{name}.') if isinstance(branch, dict) else {prefix + name: branch}).items()}
-
-def overrides(values: dict, tree: dict = hyp) -> contextlib.ExitStack:
-    """A context in which tree has {'opt.lr': 10.0, ...}; afterwards it is as before."""
+def overrides(values: dict, tree: dict = hyp) -> contextlib.ExitStack:  # a context with {'opt.lr': 10.0}
     with contextlib.ExitStack() as stack:
         for key, value in values.items():
             *groups, name = key.split('.')
             stack.enter_context(mock.patch.dict(functools.reduce(dict.get, groups, tree), {name: value}))
         return stack.pop_all()
-
 def parse_hyp(pairs: dict, known: dict) -> dict:
     """{'opt.lr': '10', ...} -> {'opt.lr': 10.0, ...}, with keys and types of known, within LIMITS."""
     values = {}
     for key, text in pairs.items():
-        if key not in known:
-            raise UserError(f"{key}: no such hyperparameter; there are {', '.join(known)}")
+        if key not in known: raise UserError(f"{key}: no such hyperparameter; there are {', '.join(known)}")
         kind = type(known[key]) if isinstance(known[key], (int, float, str)) else float
-        low, high = LIMITS.get(key, (1 if kind is int else 1e-9, 10**9) if key in flat(hyp) else (-1e9, 1e9))
+        low, high = LIMITS.get(key, LIMITS[kind] if key in flat(hyp) else (-1e9, 1e9))
         with contextlib.suppress(KeyError, ValueError):
             values[key] = {'true': True, 'false': False}[text.lower()] if kind is bool else kind(text)
         if kind is not str and not low <= values.get(key, math.nan) <= high:
             raise UserError(f'{key}={text}: it must be {kind.__name__}, from {low} to {high}')
     return values
-
 def make_arms(args: argparse.Namespace) -> list[Arm]:
     """This script, once for each combination of --sweep's values, then those of --versus; --hyp for all."""
-    def pairs(texts):
-        return {key: value for key, _, value in (text.partition('=') for text in texts)}
+    def pairs(texts): return {key: value for key, _, value in (text.partition('=') for text in texts)}
     sweeps = ([(key, value) for value in text.split(',')] for key, text in pairs(args.sweep).items())
     label = f'{NAME} {args.recipe}'.removesuffix(' report')
     own = main.__code__.co_filename, label, sys.modules[__name__], RECIPES[args.recipe]
@@ -451,50 +472,40 @@ def make_arms(args: argparse.Namespace) -> list[Arm]:
 
 # ---------------------------------------- Statistics ----------------------------------------
 def student(df: float) -> tuple[np.ndarray, np.ndarray]:
-    """t >= 0 and P(T < t) of Student's t with df degrees of freedom, on a fine grid: the density of the angle
-    atan(t / sqrt(df)) is proportional to cos^(df - 1), integrated here by the midpoint rule."""
+    """t >= 0 and P(T < t) of Student's t on a grid: atan(t / sqrt(df)) has a density like cos^(df - 1)."""
     angle = math.pi / 2 * np.sin(np.linspace(0, math.pi / 2, 50000))  # finest where the tail is
     area = np.append(0, np.cumsum(np.cos((angle[1:] + angle[:-1]) / 2) ** (df - 1) * np.diff(angle)))
     return np.tan(angle) * math.sqrt(df), 0.5 + 0.5 * area / area[-1]
-
 def welch(a: np.ndarray, b: np.ndarray) -> tuple[float, float, float]:
     """mean(a) - mean(b), half the width of its 95% confidence interval, and p of Welch's t-test."""
     difference, (va, vb) = a.mean() - b.mean(), (x.var(ddof=1) / len(x) for x in (a, b))
-    if va + vb < 1e-20:  # equal values but for rounding
-        return difference, 0.0, float(abs(difference) < 1e-9)
+    if va + vb < 1e-20: return difference, 0.0, float(abs(difference) < 1e-9)  # equal but for rounding
     df, error = (va + vb) ** 2 / (va ** 2 / (len(a) - 1) + vb ** 2 / (len(b) - 1)), math.sqrt(va + vb)
     t, cdf = student(df)
     return difference, np.interp(0.975, cdf, t) * error, 2 - 2 * np.interp(abs(difference) / error, t, cdf)
-
 def group(runs: list, key: str) -> dict:
     return {name: [run for run in runs if run[key] == name] for name in dict.fromkeys(r[key] for r in runs)}
-
-def diverged(runs: list) -> list:
-    """Of a loss not finite (None in a log), dead (equal logits: ln 10), or 10 points under the median."""
+def diverged(runs: list) -> list:  # loss not finite (None in a log), dead (ln 10), 10 points under the median
     floor = np.median([run['tta_acc'] for run in runs]) - 0.1 - 1e-9 if len(runs) >= 3 else 0
     return [run for run in runs if run['tta_acc'] < floor or None in (
         losses := [row['train_loss'] for row in run['epochs']]) or abs(losses[-1] - math.log(10)) < 1e-5]
-
 def duration(seconds: float, digits: int = 3) -> str:
     minutes, seconds = divmod(round(seconds, digits), 60)
     return f'{int(minutes)}m {seconds:0{digits + 3 if digits else 2}.{digits}f}s'
-
-def table(runs: list, target: float) -> list[str]:
-    """Report's table, a row for each trial; of several arms a row each, and differences from the last."""
+def table(runs: list, target: float) -> list[str]:  # a row per trial; of arms a row each, differences
     arms, samples = group(runs, 'arm'), {}
     bad = [run for members in arms.values() for run in diverged(members)]
     rows = [('Trial' if len(arms) == 1 else 'Arm', 'n', 'Runtime', 'Clock/run (95% CI)', 'Accuracy (95% CI)',
              'Std', f'>={target:g}%', 'Diverged')]
     for name, members in ({**group(runs, 'trial'), 'Average': runs} if len(arms) == 1 else arms).items():
         n, n_bad, trials = len(members), sum(map(bad.count, members)), group(members, 'trial').values()
-        walls = [sum(run['wall_seconds'] for run in t) for t in trials if len(t) == max(map(len, trials))]
+        walls = [sum(run['wall_seconds'] for run in x) for x in trials if len(x) == max(map(len, trials))]
         x = samples[name] = np.array([(100 * run['tta_acc'], run['clock_seconds']) for run in members])
         (acc, clock), (std, clock_std) = x.mean(0), x.std(0, ddof=1) if n > 1 else [math.nan] * 2
-        factor = np.interp(0.975, *student(n - 1)[::-1]) / math.sqrt(n) if n > 1 else 1
+        t = np.interp(0.975, *student(n - 1)[::-1]) / math.sqrt(n) if n > 1 else 1
         rows.append([str(name)] + [cell.replace('nan', '-') for cell in (
-            str(n), duration(sum(walls) / len(walls)), f'{clock:.3f}s +- {factor * clock_std:.3f}',
-            f'{acc:.2f}% +- {factor * std:.2f}', f'{std:.2f}', f'{sum(x[:, 0].round(6) >= target)}/{n}',
-            f'{n_bad}/{n}')])
+            str(n), duration(np.mean(walls)), f'{clock:.3f}s +- {t * clock_std:.3f}', f'{acc:.2f}% +- '
+            f'{t * std:.2f}', f'{std:.2f}', f'{sum(x[:, 0].round(6) >= target)}/{n}', f'{n_bad}/{n}')])
     widths = [max(map(len, cells)) for cells in zip(*rows)]
     lines = ['  '.join(map(str.ljust, row, widths)).rstrip() for row in rows]
     lines += ['Warning: {arm} trial {trial} run {run} diverged, {tta_acc:.2%}'.format(**run) for run in bad]
@@ -505,16 +516,14 @@ def table(runs: list, target: float) -> list[str]:
         low, high, n = ratio / math.exp(spread), ratio * math.exp(spread), min(len(a), len(b))
         verdict = (f': no difference in accuracy from {last} shown at n = {n}' if p >= 0.05 else
                    f" is {abs(points):.2f} points {'more' if points > 0 else 'less'} accurate than {last}")
-        lines += [f"{name}{verdict} (p {'<' if p < 0.001 else '='} {max(p, 0.001):.3f})"
-                  + f', and it takes {ratio:.3f} of the time' * (not low <= 1 <= high),
-                  f'    {points:+.2f} points ({points - half:+.2f} to {points + half:+.2f}), '
-                  f'clock x {ratio:.3f} ({low:.3f} to {high:.3f})']
+        lines += [f"{name}{verdict} (p {'<' if p < 0.001 else '='} {max(p, 0.001):.3f})" + (
+            f', and it takes {ratio:.3f} of the time' * (not low <= 1 <= high)), f'    {points:+.2f} points '
+            f'({points - half:+.2f} to {points + half:+.2f}), clock x {ratio:.3f} ({low:.3f} to {high:.3f})']
     return lines
 
 # ---------------------------------------- Command line ----------------------------------------
 def parse_args(argv: list[str]) -> argparse.Namespace:
-    def fail(message):
-        raise UserError(f'{message} (--help shows every option)')
+    def fail(message): raise UserError(f'{message} (--help shows every option)')
     parser = argparse.ArgumentParser(f'{NAME}.py', allow_abbrev=False, epilog=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.error, add, many = fail, parser.add_argument, {'nargs': '+', 'action': 'extend', 'default': []}
@@ -522,8 +531,8 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     add('--runs', metavar='N', type=int, default=1, help='trainings per trial (1); in the report 25')
     add('--seed', metavar='S', type=int, help='seed of all runs (drawn and printed)')
     add('--device', metavar='D', default='auto', help='cuda, cuda:1, cpu, or auto: CUDA where it is (auto)')
-    add('--compile', action='store_true', help='torch.compile the network')
     add('--hyp', metavar='KEY=VALUE', **many, help='other hyperparameters, in all arms')
+    add('--compile', action='append_const', dest='hyp', const='net.compile=True', help='use the Engine')
     add('--recipe', choices=RECIPES, default='report', help='a named set of hyperparameters (report)')
     add('--versus', metavar='SCRIPT[:KEY=VALUE,...]', **many, help='scripts to compare with')
     add('--sweep', metavar='KEY=A,B,...', **many, help='values to compare')
@@ -540,19 +549,15 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
         if getattr(args, name) is not None and not low <= getattr(args, name) <= high:
             raise UserError(f'--{name} {getattr(args, name)}: it must be from {low} to {high}')
     return args
-
 def write_log(folder: str, name: str, text: str):
     try:
         os.makedirs(folder, exist_ok=True)
         with open(os.path.join(folder, name), 'a', encoding='utf-8') as file:
-            file.write(text)
-            file.flush()
+            print(text, end='', file=file, flush=True)
             os.fsync(file.fileno())  # before its row is printed
     except OSError as error:
         raise UserError(f'cannot write {os.path.join(folder, name)}: {error.strerror}') from None
-
-def read_log(folder: str) -> tuple[dict, list]:
-    """experiment.json and the runs of all processes, without a line that a kill cut off."""
+def read_log(folder: str) -> tuple[dict, list]:  # experiment.json; the runs, but no line that a kill cut off
     try:
         log = json.loads(pathlib.Path(folder, 'experiment.json').read_text('utf-8'))
         files = [file.read_text('utf-8') for file in sorted(pathlib.Path(folder).glob('runs*.jsonl'))]
@@ -560,40 +565,37 @@ def read_log(folder: str) -> tuple[dict, list]:
         return [*log['command'], log][-1], [*{(r['arm'], r['trial'], r['run']): r for r in runs}.values()]
     except (OSError, ValueError, LookupError, TypeError, RecursionError) as error:
         raise UserError(f'{folder} is no log folder: {error}') from None
-
 def open_log(args: argparse.Namespace, content: dict, code: dict) -> tuple[str, list]:
     """A new log folder, or --resume's if it is of the same experiment; the runs in it."""
-    folder = args.resume or os.path.join(args.log_dir, f"{content['started']}-{NAME}-{secrets.token_hex(3)}")
+    folder = args.resume or os.path.join(args.log_dir, f"{content['started']}-{NAME}-{os.urandom(3).hex()}")
     files = {**code, 'experiment.json': json.dumps(content, indent=1)}
     if not args.resume:
-        for name, text in files.items():
-            write_log(folder, name, text)
+        for name, text in files.items(): write_log(folder, name, text)
         return folder, []
     logged, runs = read_log(folder)
     logged.update((key, content[key]) for key in ('command', 'started', 'environment', 'data'))  # may differ
     for name, text in reversed(files.items()):
         old = pathlib.Path(folder, name).read_text('utf-8') if name in code else json.dumps(logged, indent=1)
         changes = [*difflib.unified_diff(old.splitlines(), text.splitlines(), n=0, lineterm='')][2:]
-        if changes:
-            raise UserError(f"--resume {folder}: {name} differs: {' '.join(changes[:9])}")
+        if changes: raise UserError(f"--resume {folder}: {name} differs: {' '.join(changes[:9])}")
     for file in pathlib.Path(folder).glob('runs*.jsonl'):  # else the next line would join what a kill cut off
         os.truncate(file, file.read_bytes().rfind(b'\n') + 1)
     return folder, runs
-
-def warm_up(arm: Arm, data: dict, device: torch.device, net: nn.Module | None) -> float:
+def warm_up(arm: Arm, data: dict, device: torch.device, engine) -> float:
     """A few steps and evaluations of every kind in a run. Returns the seconds on the clock of a whole run."""
-    few = {'train': 2 * arm.hyp['opt.batch_size'], 'test': 2000 + len(data['test']['labels']) % 2000}
+    whiten, small = (arm.hyp.get(key, 0) for key in ('opt.whiten_bias_epochs', 'opt.small_epochs'))
+    changes = {'opt.train_epochs': 4.0, 'opt.whiten_bias_epochs': min(whiten, 1 + (whiten > small)),
+               'opt.small_epochs': min(small, 1 + (small > whiten))}  # both have ended after two epochs
+    few = {'train': 3 * arm.hyp['opt.batch_size'], 'test': 1000 + len(data['test']['labels']) % 1000}
     part = {split: {key: value[:few[split]] for key, value in data[split].items()} for split in few}
     with overrides({'opt.train_epochs': 0.001, 'net.tta_level': 0}, arm.script.hyp):  # loader at full size
-        arm.script.train({**data, 'test': part['test']}, 0, device, net, quiet=True)
-    with overrides({'opt.train_epochs': 3.0, 'opt.whiten_bias_epochs': 1}, arm.script.hyp):
-        record, _ = arm.script.train(part, 0, device, net, quiet=True)
-    _, second, third = (row['clock_seconds'] for row in record['epochs'])
+        arm.script.train({**data, 'test': part['test']}, 0, device, engine, quiet=True)
+    with overrides(changes, arm.script.hyp):
+        record, _ = arm.script.train(part, 0, device, engine, quiet=True)
+    *_, third, fourth = (row['clock_seconds'] for row in record['epochs'])
     train, test = (len(data[split]['labels']) / len(part[split]['labels']) for split in few)  # how many parts
-    return arm.hyp['opt.train_epochs'] * (third - second) * train + (record['clock_seconds'] - third) * test
-
-def experiment(args: argparse.Namespace, argv: list[str], runs: list, state: dict):
-    """Make all runs; append their records to runs and to the log; print rows and table. state is for main."""
+    return arm.hyp['opt.train_epochs'] * (fourth - third) * train + (record['clock_seconds'] - fourth) * test
+def experiment(args: argparse.Namespace, argv: list[str], runs: list, state: dict):  # state is for main
     device, arms, rank, world, shared = pick_device(args.device), make_arms(args), 0, 1, [None]
     if 'TORCHELASTIC_RUN_ID' in os.environ:  # torchrun
         distributed.init_process_group('gloo', timeout=datetime.timedelta(days=30))
@@ -603,12 +605,12 @@ def experiment(args: argparse.Namespace, argv: list[str], runs: list, state: dic
     source, machine = 'synthetic images' if args.synthetic else args.data_dir, {**environment(device)}
     if rank == 0:  # prepares data and log; the others wait for the broadcast
         data, utc = load(device=device), datetime.datetime.now(datetime.timezone.utc)
-        seed = secrets.randbits(32) if args.seed is None else args.seed
+        seed = int.from_bytes(os.urandom(4), 'big') if args.seed is None else args.seed
         shared = [(seed, *open_log(args, {
-            'schema': 2, 'script': NAME, 'command': [f'{NAME}.py', *argv, '--seed', str(seed)], 'seed': seed,
+            'schema': 3, 'script': NAME, 'command': [f'{NAME}.py', *argv, '--seed', str(seed)], 'seed': seed,
             'started': f'{utc:%Y%m%dT%H%M%SZ}', 'data': source, 'environment': machine, 'recipe': args.recipe,
-            'hyp': hyp, 'crc32': {f'{x} labels': zlib.crc32(data[x]['labels'].cpu().numpy()) for x in data},
-            'compile': args.compile, 'arms': [{'name': arm.name, 'hyp': arm.hyp} for arm in arms]},
+            'hyp': hyp, 'arms': [{'name': arm.name, 'hyp': arm.hyp} for arm in arms],
+            'crc32': {f'{x} labels': zlib.crc32(data[x]['labels'].cpu().numpy()) for x in data}},
             {f"code{i or ''}.py": arm.source for i, arm in enumerate(arms)}))]
     world > 1 and distributed.broadcast_object_list(shared)
     seed, folder, runs[:] = shared[0]
@@ -620,18 +622,16 @@ def experiment(args: argparse.Namespace, argv: list[str], runs: list, state: dic
             for trial, run in itertools.product(range(1, args.trials + 1), range(1, args.runs + 1))]
     todo = [*itertools.chain(*[*filter(None, todo)][rank::world])]  # all arms of a run in one process
     line = '{:>5} {:>4} {:>6} {:>11} {:>10} {:>9} {:>9} {:>11} {:>10}  {}'.format
-    start, seconds, nets = time.perf_counter(), 0, {}
+    start, seconds, engines = time.perf_counter(), 0, state.setdefault('engines', {})
     try:
         say(title, 'Warming up', sep='\n')
-        if args.compile:
-            torch.compiler.reset()  # forget what an earlier call in this process compiled
-            torch._dynamo.config.cache_size_limit = 8 * len(arms)  # else 8 for all together; more run eager
+        torch.compiler.reset()  # forget what an earlier call in this process compiled
+        torch._dynamo.config.cache_size_limit = 8 * len(arms)  # else 8 for all together; more run eager
         state['batch'] = ' or '.join({str(arm.hyp['opt.batch_size']): 0 for arm in arms})
         for arm in arms if todo else []:
             with overrides(arm.hyp, arm.script.hyp):
-                nets[arm.name] = net = arm.script.make_net(device) if args.compile else None
-                net and net.compile(dynamic=False)
-                seconds += warm_up(arm, data, device, net) / len(arms)
+                engines[arm.name] = arm.script.Engine(device) if arm.hyp.get('net.compile') else None
+                seconds += warm_up(arm, data, device, engines[arm.name]) / len(arms)
         machine['warm-up'] = duration(time.perf_counter() - start)
         if todo and device.type == 'cpu' and not args.resume:
             say(f'No GPU: about {duration(seconds, 0)} a run, {duration(seconds * len(todo), 0)} all.',
@@ -648,15 +648,14 @@ def experiment(args: argparse.Namespace, argv: list[str], runs: list, state: dic
             run_seed = int(np.random.SeedSequence([seed, trial, run]).generate_state(1)[0])
             with overrides(arm.hyp, arm.script.hyp):
                 record, _ = arm.script.train(
-                    data, run_seed, device, nets[arm.name], args.quiet, None if args.quiet else show)
+                    data, run_seed, device, engines[arm.name], args.quiet, None if args.quiet else show)
             record = {'arm': arm.name, 'trial': trial, 'run': run, 'data': source, **machine, **record}
             runs.append(json.loads(json.dumps(record), parse_constant=lambda name: None))  # NaN -> null
             write_log(folder, f"runs{rank or ''}.jsonl", json.dumps(runs[-1]) + '\n')
             show(record['epochs'][-1], f"{record['tta_acc']:.2%}", record['clock_seconds'])
         world > 1 and distributed.barrier()
     finally:
-        if device.type == 'cuda':
-            machine['peak memory'] = f'{torch.cuda.max_memory_allocated(device) / 2 ** 30:.2f} GiB'
+        if 'CUDA' in machine: machine['peak memory'] = f'{torch.cuda.max_memory_allocated(device) >> 20} MiB'
         runs += [run for run in read_log(folder)[1] if run not in runs] if world > 1 else []
         mean = {name: np.mean([run['tta_acc'] for run in x]) for name, x in group(runs, 'arm').items()}
         swept = sum(arm.script is arms[0].script for arm in arms)
@@ -665,12 +664,10 @@ def experiment(args: argparse.Namespace, argv: list[str], runs: list, state: dic
         if runs:
             say('', title, *table(runs, args.target), ', '.join(map(' '.join, machine.items())),
                 f'Elapsed: {duration(time.perf_counter() - start)}', f'Log: {folder}', sep='\n')
-        elif world == 1 and not args.resume:
-            shutil.rmtree(folder, ignore_errors=True)
-
+        elif world == 1 and not args.resume: shutil.rmtree(folder, ignore_errors=True)
 def main(argv: list[str] | None = None) -> list[dict]:
     """The command line; argv None: the process's, in a notebook []. Returns the finished runs, or exits."""
-    notebook, runs, args, state = hasattr(builtins, '__IPYTHON__'), [], None, {'begun': False, 'batch': '?'}
+    notebook, runs, args, state = hasattr(builtins, '__IPYTHON__'), [], None, {'batch': '?'}
     argv = ([] if notebook else sys.argv[1:]) if argv is None else argv
     try:
         args = parse_args(argv)
@@ -680,11 +677,11 @@ def main(argv: list[str] | None = None) -> list[dict]:
         status = getattr(end, 'code', 130) or int(args is not None)  # 0: --help
         reason = f"stopped after {len(runs)} finished runs{'; --resume goes on' * bool(runs)}"
     except Exception as error:
-        status, reason = 1 if state['begun'] else 2, str(error).split('\n\n')[0]
+        status, reason = 1 if 'begun' in state else 2, str(error).split('\n\n')[0]
         if re.search('MemoryError|out of memory|allocate memory|ALLOC_FAILED|overflowed', repr(error)):
             ram = sys.platform == 'linux' and os.sysconf('SC_AVPHYS_PAGES') * os.sysconf('SC_PAGE_SIZE') >> 20
             reason = f'out of memory, batch size {state["batch"]}, {ram or "?"} MiB free: try less. {reason}'
-        elif args and args.compile and not state['begun'] and type(error).__name__ != 'UserError':
+        elif any(state.get('engines', {}).values()) and status == 2 and type(error).__name__ != 'UserError':
             reason = f'--compile failed (needs a C++ compiler, on CUDA also Triton): {reason}'
         elif type(error).__name__ != 'UserError' and 'by peer' not in reason:  # any script's; rank 0 said why
             raise

@@ -579,7 +579,7 @@ def test_resume_with_changed_code_is_refused_with_the_difference(log, tmp_path):
 
 
 def test_resume_with_another_engine_is_refused(not_resumed):
-    assert '"compile": true' in not_resumed('--compile')
+    assert '"net.compile": true' in not_resumed('--compile')
 
 
 def test_a_run_that_is_twice_in_the_log_counts_once(log, baseline):

@@ -15,6 +15,14 @@ def gpu_data(baseline):
     return baseline.synthetic_data('cuda', train=32768, test=2500)
 
 
+@pytest.fixture(autouse=True)
+def default_stream():
+    """An engine leaves a stream of its own current."""
+    yield
+    torch.cuda.synchronize()
+    torch.cuda.set_stream(torch.cuda.default_stream())
+
+
 @contextlib.contextmanager
 def synchronization_is_an_error():
     torch.cuda.set_sync_debug_mode('error')
@@ -55,27 +63,80 @@ def test_both_loaders_yield_bit_identical_batches(baseline, modified, gpu_data):
     assert all(torch.equal(one, other) for one, other in zip(*batches))
 
 
-@pytest.mark.parametrize('whiten_bias_epochs', [0, 9])
-def test_steps_of_an_epoch_do_not_synchronize(script, gpu_data, whiten_bias_epochs):
+def set_rates(optimizer, rate):
+    for group in optimizer.param_groups:
+        group['lr'] = rate
+
+
+@pytest.mark.parametrize('trained', [True, False])
+@pytest.mark.parametrize('engine', [False, True])
+def test_steps_of_an_epoch_do_not_synchronize(script, gpu_data, engine, trained):
+    torch.compiler.reset()
     net = script.make_net('cuda')
-    net[0].bias.requires_grad = whiten_bias_epochs > 0
-    optimizer, lookahead = script.make_optimizer(net), script.LookaheadState(net)
+    optimizer, step = script.make_optimizer(net), script.train_step
+    if engine:
+        net, optimizer, step = script.Engine(torch.device('cuda', 0)).reset(net)
+    net[0].bias.requires_grad = trained
+    lookahead = script.LookaheadState(net)
+    loader = script.CifarLoader(gpu_data, batch_size=1024, aug=script.hyp['aug'])
+    for images, labels in list(loader)[:3]:  # compiles and captures
+        set_rates(optimizer, 1e-3)
+        step(net, optimizer, images, labels, 0.2)
     with synchronization_is_an_error():
-        loader = script.CifarLoader(gpu_data, batch_size=1024, aug=script.hyp['aug'])
         for images, labels in loader:
-            script.train_step(net, optimizer, images, labels, 0.2)
+            set_rates(optimizer, 1e-3)
+            step(net, optimizer, images, labels, 0.2)
             lookahead.update(0.5)
 
 
-def test_evaluation_does_not_synchronize(script, gpu_data):
+@pytest.mark.parametrize('share', [0.25, 1.0])
+def test_evaluation_does_not_synchronize(script, gpu_data, share):
     net = script.make_net('cuda')
-    loader = script.CifarLoader(gpu_data, train=False, batch_size=2000)
+    loader = script.CifarLoader(gpu_data, train=False, batch_size=1000)
     with synchronization_is_an_error():
-        logits = script.infer(net, loader, tta_level=2)
+        logits = script.infer(net, loader, 2, share)
     assert logits.shape == (2500, 10) and logits.isfinite().all()
 
 
-@pytest.mark.parametrize('options', [[], ['--compile']])
+def test_replayed_steps_are_the_eager_ones(script, gpu_data):
+    """In half precision, step by step from the same weights and momentum, one capture and two replays."""
+    torch.compiler.reset()
+    eager = script.make_net('cuda')
+    eager_optimizer = script.make_optimizer(eager)
+    engine = script.Engine(torch.device('cuda', 0))
+    net, optimizer, step = engine.reset(eager)
+    batches = list(script.CifarLoader(gpu_data, batch_size=512, aug=script.hyp['aug']))[:5]
+    for number, (images, labels) in enumerate(batches, start=1):
+        losses = []
+        for one, other, make_step in ((net, optimizer, step), (eager, eager_optimizer, script.train_step)):
+            one.train()
+            set_rates(other, 1e-3 / number)
+            losses.append(make_step(one, other, images, labels, 0.2)[0].clone())
+        torch.testing.assert_close(*losses, rtol=1e-2, atol=0)
+        for name, value in eager.state_dict().items():
+            torch.testing.assert_close(net.state_dict()[name], value, rtol=2e-2, atol=2e-3, msg=name)
+        eager.load_state_dict(net.state_dict())
+        for one, other in zip(net.parameters(), eager.parameters()):
+            if one in optimizer.state:
+                eager_optimizer.state[other]['momentum_buffer'].copy_(optimizer.state[one]['momentum_buffer'])
+    assert len(engine.graphs) == 1
+
+
+def test_an_engine_captures_once_for_all_runs(script, gpu_data):
+    torch.compiler.reset()
+    values = {**NARROW, 'opt.batch_size': 512, 'opt.whiten_bias_epochs': 1, 'opt.small_epochs': 1}
+    with script.overrides(values):
+        engine = script.Engine(torch.device('cuda', 0))
+        first, _ = script.train(gpu_data, 1, engine=engine, quiet=True)
+        graphs = dict(engine.graphs)
+        again, _ = script.train(gpu_data, 1, engine=engine, quiet=True)
+        eager, _ = script.train(gpu_data, 1, quiet=True)
+    assert engine.graphs == graphs and len(graphs) == 2
+    assert again['epochs'][-1]['train_loss'] == pytest.approx(first['epochs'][-1]['train_loss'], rel=0.05)
+    assert again['epochs'][-1]['train_loss'] == pytest.approx(eager['epochs'][-1]['train_loss'], rel=0.05)
+
+
+@pytest.mark.parametrize('options', [[], ['--compile'], ['--compile', '--hyp', 'opt.small_epochs=1']])
 def test_training_learns_and_counts_its_memory(script, gpu_data, options, monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(script, 'synthetic_data', lambda device: gpu_data)
     narrow = [f'{key}={value}' for key, value in {**NARROW, 'opt.batch_size': 512}.items()]

@@ -240,6 +240,19 @@ def test_infer_is_the_weighted_sum_of_explicit_forward_passes(level, float32, tr
     torch.testing.assert_close(float32.infer(trained.train(), loader, level), expected, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize('share, count', [(1.0, 100), (0.95, 100), (0.301, 60), (0.3, 30), (0.001, 30)])
+@each_level
+def test_a_share_of_the_images_gets_tta_the_least_certain_in_whole_batches(
+        level, share, count, float32, trained, loader):
+    images = loader.normalize(loader.images)
+    expected, augmented = (explicit_tta(trained, images, x) for x in (0, level))
+    best = expected.sort(descending=True).values
+    unsure = (best[:, 0] - best[:, 1]).argsort()[:count]
+    expected[unsure] = augmented[unsure]
+    logits = float32.infer(trained, loader, level, share)
+    torch.testing.assert_close(logits, expected, rtol=1e-5, atol=1e-5)
+
+
 @each_level
 def test_evaluate_is_the_accuracy_of_these_logits(level, float32, trained, loader):
     loader.labels = explicit_tta(trained, loader.normalize(loader.images), level).argmax(1)

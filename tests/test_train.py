@@ -1,13 +1,12 @@
 """One training from scratch: what it depends on, what it times, what it records, and that it learns."""
 import json
-import shutil
 import subprocess
 import sys
 from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import NARROW, NARROW_ARGS, ROOT, environment, set_autocast
+from conftest import NARROW, NARROW_ARGS, ROOT, environment
 
 TIMES = ('clock_seconds', 'eval_seconds', 'wall_seconds')
 
@@ -60,14 +59,6 @@ torch.save((record, net.state_dict()), 'alone.pt')'''
     assert_same_state(second[1], state)
 
 
-def test_a_network_reset_in_place_trains_as_a_new_one(second, script, data):
-    net = script.make_net()
-    script.train(data, 1, 'cpu', net)
-    record, returned = script.train(data, 2, 'cpu', net)
-    assert returned is net and results(record) == results(second[0])
-    assert_same_state(net, second[1].state_dict())
-
-
 def test_another_seed_is_another_run(narrow, data):
     one, two = (narrow.train(data, seed, 'cpu', quiet=True)[0] for seed in (1, 2))
     assert one['epochs'][0]['train_loss'] != two['epochs'][0]['train_loss']
@@ -104,6 +95,19 @@ def test_both_scripts_train_on_the_same_batches(baseline, modified, data, monkey
         streams.append(stream)
     assert [len(stream) for stream in streams] == [6, 6]
     assert all(torch.equal(a, b) for pair in zip(*streams) for a, b in zip(*pair))
+
+
+def test_the_first_epochs_train_on_small_images(narrow, data, monkeypatch):
+    given, train_step = {size: [] for size in (32, 24)}, narrow.train_step
+    for size, epochs in ((32, 0), (24, 1)):
+        monkeypatch.setattr(narrow, 'train_step', lambda *args: given[size].append(args[2]) or train_step(*args))
+        with narrow.overrides({'opt.small_epochs': epochs}):
+            narrow.train(data, 1, 'cpu', quiet=True)
+    assert [batch.shape[2:] for batch in given[24]] == [(24, 24)] * 4 + [(32, 32)] * 4
+    for small, batch in zip(given[24][:4], given[32]):
+        expected = torch.nn.functional.interpolate(batch, size=24, mode='bilinear', antialias=True)
+        assert torch.equal(small, expected)
+    assert all(torch.equal(*pair) for pair in zip(given[24][4:], given[32][4:]))
 
 
 def test_whitening_takes_the_first_5000_normalized_unaugmented_images(idle, monkeypatch):
@@ -206,7 +210,7 @@ def test_epochs_have_a_test_accuracy_unless_quiet(quiet, idle, data):
 
 def test_accuracies_are_without_tta_after_an_epoch_and_with_tta_at_the_end(idle, data, monkeypatch):
     """infer answers right in as many images as its tta_level says."""
-    def infer(net, loader, tta_level=0):
+    def infer(net, loader, tta_level=0, tta_share=1.0):
         answers = (loader.labels + 1) % 10
         answers[:tta_level] = loader.labels[:tta_level]
         return torch.eye(10)[answers]
@@ -214,6 +218,14 @@ def test_accuracies_are_without_tta_after_an_epoch_and_with_tta_at_the_end(idle,
     monkeypatch.setattr(idle, 'infer', infer)
     record, _ = idle.train(data, 1, 'cpu')
     assert ([row['test_acc'] for row in record['epochs']], record['tta_acc']) == ([0, 0], 0.02)
+
+
+def test_tta_is_for_the_share_of_hyp(idle, data, monkeypatch):
+    given = []
+    monkeypatch.setattr(idle, 'infer', lambda net, *args: given.append(args[1:]) or torch.zeros(100, 10))
+    with idle.overrides({'net.tta_share': 0.25}):
+        idle.train(data, 1, 'cpu', quiet=True)
+    assert given == [(2, 0.25)]
 
 
 def test_on_epoch_gets_every_row_but_the_last(idle, data):
@@ -231,43 +243,3 @@ def test_a_narrow_network_learns(script):
     with script.overrides({**widths, 'opt.batch_size': 64, 'opt.train_epochs': 3.0}):
         record, _ = script.train(data, 1, 'cpu', quiet=True)
     assert record['tta_acc'] > 0.3  # chance: 0.1
-
-
-# Compilation
-
-@pytest.fixture
-def compiled(monkeypatch):
-    """compiled(script, **kwargs): a compiled network, as main's --compile makes it, in float32."""
-    def compiled(script, **kwargs):
-        set_autocast(monkeypatch, script, False)
-        net = script.make_net()
-        net.compile(dynamic=False, **kwargs)
-        return net
-    torch.compiler.reset()
-    yield compiled
-    torch.compiler.reset()
-
-
-@pytest.mark.skipif(not shutil.which('g++'), reason='torch.compile needs a C++ compiler on the CPU')
-def test_a_compiled_network_trains_as_an_eager_one(compiled, modified, data):
-    with modified.overrides(NARROW):
-        net = compiled(modified)
-        (record, _), (eager, _) = (modified.train(data, 1, 'cpu', n, quiet=True) for n in (net, None))
-    losses, eager_losses = ([row['train_loss'] for row in run['epochs']] for run in (record, eager))
-    assert losses == pytest.approx(eager_losses, rel=1e-4)
-    assert record['tta_acc'] == pytest.approx(eager['tta_acc'], abs=0.02)
-
-
-@pytest.mark.parametrize('quiet, epochs, test, tta_level', [
-    (True, 2.0, 100, 2),   # the whitening bias freezes on the way
-    (True, 1.0, 100, 2),   # it does not
-    (False, 2.0, 100, 2),  # evaluations before and after it froze
-    (True, 2.0, 2010, 0),  # batches of 2000 and 10 test images
-])
-def test_after_the_warm_up_nothing_is_compiled(quiet, epochs, test, tta_level, compiled, narrow):
-    data, net = narrow.synthetic_data('cpu', 256, test), compiled(narrow, backend='eager')  # traced alike
-    values = {'opt.train_epochs': epochs, 'opt.whiten_bias_epochs': 1, 'net.tta_level': tta_level}
-    with narrow.overrides(values):
-        narrow.warm_up(narrow.Arm('it', narrow, '', narrow.flat(narrow.hyp)), data, torch.device('cpu'), net)
-        with torch._dynamo.config.patch(error_on_recompile=True):
-            narrow.train(data, 1, 'cpu', net, quiet)

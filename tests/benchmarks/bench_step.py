@@ -51,18 +51,25 @@ class Variant:
         data = script.synthetic_data(device, train=self.batch_size, test=1)
         loader = script.CifarLoader(data, batch_size=self.batch_size, aug=script.hyp['aug'])
         self.images, self.labels = next(iter(loader))
-        self.net = script.make_net(device).train()
+        self.net = script.make_net(device)
         script.init_whitening_conv(self.net[0], loader.normalize(loader.images))
         if mode == 'plain':
             self.net.float().to(memory_format=torch.contiguous_format)
             self.images = self.images.float().contiguous()
-        self.optimizer, self.lookahead = script.make_optimizer(self.net), script.LookaheadState(self.net)
-        self.net[0].bias.requires_grad = False  # as in two thirds of the epochs
+        self.optimizer, self.step = script.make_optimizer(self.net), script.train_step
+        self.rates = [group['lr'] for group in self.optimizer.param_groups]
+        self.prepare()
         with FlopCounterMode(display=False) as counter:
             self.steps(1)
         self.flops = counter.get_total_flops() / self.batch_size
         if mode == 'compiled':
-            self.net.compile(dynamic=False)
+            self.net, self.optimizer, self.step = script.Engine(device).reset(self.net)
+            self.prepare()
+
+    def prepare(self):
+        self.net.train()
+        self.net[0].bias.requires_grad = False  # as in two thirds of the epochs
+        self.lookahead = self.script.LookaheadState(self.net)
 
     def steps(self, count):
         """Seconds per step, over count steps."""
@@ -70,7 +77,9 @@ class Variant:
         with plain if self.mode == 'plain' else contextlib.nullcontext():
             start = self.script.now(self.device)
             for step in range(1, count + 1):
-                self.script.train_step(self.net, self.optimizer, self.images, self.labels, 0.2)
+                for group, rate in zip(self.optimizer.param_groups, self.rates):
+                    group['lr'] = rate
+                self.step(self.net, self.optimizer, self.images, self.labels, 0.2)
                 if step % 5 == 0:
                     self.lookahead.update(0.5)
             return (self.script.now(self.device) - start) / count
