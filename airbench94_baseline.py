@@ -275,7 +275,8 @@ def train(data: dict, seed: int, device: torch.device | str | None = None, engin
     init_whitening_conv(net[0], train_loader.normalize(train_loader.images[:5000]))
     lookahead = LookaheadState(net)
     step, rows, total_steps = 0, [], math.ceil(len(train_loader) * opt['train_epochs'])
-    if not total_steps: raise UserError(f"opt.batch_size={opt['batch_size']} > {len(train_loader.images)} images")
+    if not total_steps:
+        raise UserError(f"opt.batch_size={opt['batch_size']} is over the {len(train_loader.images)} images")
     seconds = now(device) - start
     while step < total_steps:
         start = now(device)
