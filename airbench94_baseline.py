@@ -121,9 +121,7 @@ class Conv(nn.Conv2d):
     """3x3 convolution without bias; its first in_channels filters start as the identity."""
     def __init__(self, in_channels, out_channels):
         super().__init__(in_channels, out_channels, kernel_size=3, padding='same', bias=False)
-    def reset_parameters(self):
-        super().reset_parameters()
-        nn.init.dirac_(self.weight.data[:self.in_channels])
+        nn.init.dirac_(self.weight.data[:in_channels])
 
 class BatchNorm(nn.BatchNorm2d):
     """BatchNorm whose scale stays 1. momentum: the share of the OLD statistic kept (PyTorch: of the new)."""
@@ -316,6 +314,7 @@ class Engine:
     def __init__(self, device: torch.device, **options):
         self.net, self.graphs, self.calls = make_net(device), {}, collections.Counter()
         self.optimizer, self.pool = make_optimizer(self.net), None
+        torch._dynamo.config.cache_size_limit += 32  # kinds of batches; what is over it runs eager
         self.lrs = [torch.zeros((), device=device) for _ in self.optimizer.param_groups]
         if device.type == 'cuda':
             torch.cuda.synchronize(device)  # what is to be captured must not run on the default stream before
@@ -421,7 +420,7 @@ def environment(device: torch.device) -> dict:
 # ---------------------------------------- Arms: what is compared ----------------------------------------
 LIMITS = {int: (1, 10**9), float: (1e-9, 1e9), bool: (False, True), 'aug.translate': (0, 31),  # from, to
     'opt.momentum': (1e-6, 0.9999), 'opt.weight_decay': (0, 1e9), 'opt.label_smoothing': (0, 1),
-    'opt.whiten_bias_epochs': (0, 1e9), 'opt.small_epochs': (0, 1e9), 'opt.small_size': (9, 1e3),
+    'opt.whiten_bias_epochs': (0, 1e9), 'opt.small_epochs': (0, 1e9), 'opt.small_size': (17, 1e3),
     'net.batchnorm_momentum': (0, 1), 'net.tta_level': (0, 2), 'net.tta_share': (1e-9, 1)}
 Arm = collections.namedtuple('Arm', 'name script source hyp')  # hyp: {'opt.lr': 10.0, ...}, with every key
 def flat(tree: dict, prefix: str = '') -> dict:  # {'opt': {'lr': 10.0}} -> {'opt.lr': 10.0}
@@ -587,7 +586,8 @@ def warm_up(arm: Arm, data: dict, device: torch.device, engine) -> float:
     whiten, small = (arm.hyp.get(key, 0) for key in ('opt.whiten_bias_epochs', 'opt.small_epochs'))
     changes = {'opt.train_epochs': 4.0, 'opt.whiten_bias_epochs': min(whiten, 1 + (whiten > small)),
                'opt.small_epochs': min(small, 1 + (small > whiten))}  # both have ended after two epochs
-    few = {'train': 3 * arm.hyp['opt.batch_size'], 'test': 1000 + len(data['test']['labels']) % 1000}
+    few = {'train': (3 if engine else 1) * arm.hyp['opt.batch_size'],  # an engine captures the third step
+           'test': 1000 + len(data['test']['labels']) % 1000}
     part = {split: {key: value[:few[split]] for key, value in data[split].items()} for split in few}
     with overrides({'opt.train_epochs': 0.001, 'net.tta_level': 0}, arm.script.hyp):  # loader at full size
         arm.script.train({**data, 'test': part['test']}, 0, device, engine, quiet=True)
@@ -627,7 +627,6 @@ def experiment(args: argparse.Namespace, argv: list[str], runs: list, state: dic
     try:
         say(title, 'Warming up', sep='\n')
         torch.compiler.reset()  # forget what an earlier call in this process compiled
-        torch._dynamo.config.cache_size_limit = 8 * len(arms)  # else 8 for all together; more run eager
         state['batch'] = ' or '.join({str(arm.hyp['opt.batch_size']): 0 for arm in arms})
         for arm in arms if todo else []:
             with overrides(arm.hyp, arm.script.hyp):

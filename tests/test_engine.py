@@ -114,6 +114,15 @@ def test_after_the_warm_up_nothing_is_compiled(quiet, values, test, float32):
             float32.train(data, 1, 'cpu', engine, quiet)
 
 
+def test_no_kind_of_batch_is_too_many_to_be_compiled(float32, data, caplog):
+    """Small and large images, the bias trained and frozen, short batches, by three engines in turn."""
+    device, values = torch.device('cpu'), {'opt.small_epochs': 2, 'opt.train_epochs': 3.0, 'net.tta_share': 0.5}
+    with float32.overrides(values):
+        for _ in range(3):
+            float32.train(float32.synthetic_data('cpu', 256, 130), 1, device, float32.Engine(device, **TRACED))
+    assert 'limit' not in caplog.text
+
+
 # Capture
 
 class RecordedGraph(TorchDispatchMode):

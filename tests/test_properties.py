@@ -29,8 +29,10 @@ LIMITS = {
     'opt.weight_decay': (0.0, 1e9), 'opt.bias_scaler': FACTOR, 'opt.label_smoothing': FRACTION,
     'opt.whiten_bias_epochs': (0, 10**9), 'aug.flip': (False, True), 'aug.translate': (0, 31),
     f'{WIDTHS}1': COUNT, f'{WIDTHS}2': COUNT, f'{WIDTHS}3': COUNT, 'net.batchnorm_momentum': FRACTION,
-    'net.scaling_factor': FACTOR, 'net.tta_level': (0, 2)}
-SHORT = {'opt.train_epochs': 2.0, 'opt.batch_size': 24, f'{WIDTHS}1': 9, f'{WIDTHS}2': 9, f'{WIDTHS}3': 9}
+    'net.scaling_factor': FACTOR, 'net.tta_level': (0, 2), 'net.tta_share': (1e-9, 1.0),
+    'opt.small_epochs': (0, 10**9), 'opt.small_size': (17, 1000), 'net.compile': (False, True)}
+SHORT = {'opt.train_epochs': 2.0, 'opt.batch_size': 24, f'{WIDTHS}1': 9, f'{WIDTHS}2': 9, f'{WIDTHS}3': 9,
+         'opt.small_size': 40, 'net.compile': False}
 BASE = ['--device', 'cpu', '--data-dir', '../data', '--seed', '0', '--trials', '1', '--hyp',
         *(f'{WIDTHS}{i}=3' for i in (1, 2, 3)), 'opt.batch_size=12', 'opt.train_epochs=1']
 ROW = re.compile(r' +(\d+) +(\d+) +(\d+) +(\d+\.\d{4}|diverged) +\d+\.\d\d% +(?:\d+\.\d\d%|-)'

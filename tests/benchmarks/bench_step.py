@@ -2,11 +2,13 @@
 images per second, FLOP per second as a share of the matrix product rate measured beside it, and the longest
 kernels (on a CPU: operators) of a step.
 
-    python tests/benchmarks/bench_step.py                      all six, at each script's own batch size
+    python tests/benchmarks/bench_step.py                      all modes, at each script's own batch size
     python tests/benchmarks/bench_step.py --batch-size 512     both at the same one
     python tests/benchmarks/bench_step.py --modes eager compiled
 
-Plain is the same step in float32 and NCHW, without autocast. The variants take turns; the speed-up is the
+Plain is the same step in float32 and NCHW, without autocast; compiled is the script's Engine, as by --compile.
+On CUDA there are two more: autotuned, the Engine with max-autotune-no-cudagraphs, and own-graphs, the compiler's
+own CUDA graphs (reduce-overhead) in place of the Engine's. The variants take turns; the speed-up is the
 median over the repeats of the rate over that of the script's first mode. FLOP are those of the convolutions
 and the linear layer, forward and backward.
 """
@@ -25,6 +27,8 @@ import airbench94_baseline as baseline
 import airbench94_modified as modified
 
 MODES = ('plain', 'eager', 'compiled')
+ENGINES = {'compiled': {}, 'autotuned': {'mode': 'max-autotune-no-cudagraphs'},
+           'own-graphs': {'mode': 'reduce-overhead'}}  # options of torch.compile
 
 
 def matmul_rate(device):
@@ -62,8 +66,10 @@ class Variant:
         with FlopCounterMode(display=False) as counter:
             self.steps(1)
         self.flops = counter.get_total_flops() / self.batch_size
-        if mode == 'compiled':
-            self.net, self.optimizer, self.step = script.Engine(device).reset(self.net)
+        if mode in ENGINES:
+            engine = script.Engine(device, **ENGINES[mode])
+            engine.pool = None if mode == 'own-graphs' else engine.pool  # None: it captures nothing
+            self.net, self.optimizer, self.step = engine.reset(self.net)
             self.prepare()
 
     def prepare(self):
@@ -104,16 +110,17 @@ def main():
     parser.add_argument('--batch-size', type=int)
     parser.add_argument('--steps', type=int, default=5, help='steps per repeat')
     parser.add_argument('--repeats', type=int, default=5)
-    parser.add_argument('--modes', nargs='+', choices=MODES, default=MODES)
+    parser.add_argument('--modes', nargs='+', choices={*MODES, *ENGINES})
     args = parser.parse_args()
     device = baseline.pick_device(args.device)
+    modes = args.modes or list(dict.fromkeys([*MODES, *ENGINES] if device.type == 'cuda' else MODES))
     print(baseline.environment(device), flush=True)
     torch.backends.cudnn.benchmark = True  # as train does
-    scripts = [[Variant(script, mode, device, args.batch_size) for mode in args.modes]
+    scripts = [[Variant(script, mode, device, args.batch_size) for mode in modes]
                for script in (baseline, modified)]
     variants = [variant for modes in zip(*scripts) for variant in modes]
     for variant in variants:
-        variant.steps(args.steps)  # warm up, compile
+        variant.steps(max(args.steps, 4))  # warm up, compile, capture
     seconds = [[variant.steps(args.steps) for variant in variants] for _ in range(args.repeats)]
     times = dict(zip(variants, zip(*seconds)))
     peak = matmul_rate(device)
