@@ -110,6 +110,18 @@ def test_hyperparameters_are_those_of_the_specification(baseline, modified):
     assert modified.hyp == {'opt': {**opt, 'train_epochs': 8.0, 'batch_size': 1536, 'lr': 17.25}, **rest}
 
 
+def test_recipes_are_differences_from_hyp_within_the_limits(script):
+    known = script.flat(script.hyp)
+    assert script.RECIPES['report'] == {}
+    for name, recipe in script.RECIPES.items():
+        assert script.parse_hyp({key: str(value) for key, value in recipe.items()}, known) == recipe, name
+        assert all(value != known[key] and type(value) is type(known[key]) for key, value in recipe.items())
+
+
+def test_the_modified_script_has_one_recipe_more(baseline, modified):
+    assert (list(baseline.RECIPES), list(modified.RECIPES)) == (['report'], ['report', 'fast94'])
+
+
 @pytest.mark.skipif(not (ROOT / '.git').exists(), reason='asks git which files belong to the project')
 def test_top_level_shows_the_five_entries_of_the_design():
     files = subprocess.run(['git', 'ls-files'], cwd=ROOT, capture_output=True, text=True, check=True).stdout
