@@ -27,14 +27,14 @@ hyp = {  # `--hyp opt.lr=10` overrides one, `--recipe NAME` a named set
         'bias_scaler': 64.0,        # multiplies the lr (not the weight decay) of the BatchNorm biases
         'label_smoothing': 0.2,
         'whiten_bias_epochs': 3,    # the whitening bias trains for this many epochs, then freezes
-        'small_epochs': 0, 'small_size': 24,  # the first epochs train on images scaled down to this
+        'small_epochs': 0, 'small_size': 24,  # so many epochs first, on images scaled to this size
     },
     'aug': {'flip': True, 'translate': 2},  # alternating mirror; random crop after padding by 2 pixels
     'net': {
         'widths': {'block1': 64, 'block2': 256, 'block3': 256},
         'batchnorm_momentum': 0.6,  # share of the OLD running statistic that is kept
         'scaling_factor': 1 / 9,    # multiplies the logits
-        'tta_level': 2, 'tta_share': 1.0,  # TTA: 0 none, 1 mirror, 2 and translate; of the least sure images
+        'tta_level': 2, 'tta_share': 1.0,  # TTA: 0 none, 1 mirror, 2 also shift; for the least certain share
         'compile': False,           # train with the Engine (`--compile`)
     },
 }
@@ -107,7 +107,7 @@ class CifarLoader:
 # ---------------------------------------- Network ----------------------------------------
 def image_dtype(device: torch.device) -> torch.dtype:  # of the weights too; BatchNorm stays in float32
     return torch.float16 if device.type == 'cuda' else torch.float32
-def autocast(device: torch.device):  # for a CPU that gains; on CUDA the weights are in half precision
+def autocast(device: torch.device):  # bfloat16 on a CPU that gains from it; on CUDA weights are half
     return torch.autocast('cpu', torch.bfloat16, enabled='bfloat16' in environment(device)['dtype'])
 
 class Mul(nn.Module):
@@ -192,7 +192,7 @@ class LookaheadState:
     statistics. Source: Zhang et al. 2019, arXiv:1907.08610, with airbench94's rising decay."""
     def __init__(self, net: nn.Module):
         tensors = [tensor for tensor in net.state_dict().values() if tensor.is_floating_point()]
-        dtypes = {tensor.dtype for tensor in tensors}  # a foreach kernel takes tensors of one
+        dtypes = {tensor.dtype for tensor in tensors}  # foreach is one kernel for tensors of one dtype
         self.fast = [[tensor for tensor in tensors if tensor.dtype is dtype] for dtype in dtypes]
         self.slow = [[tensor.clone() for tensor in tensors] for tensors in self.fast]
     @torch.no_grad()
@@ -207,8 +207,8 @@ class LookaheadState:
 def infer(model: nn.Module, loader: CifarLoader, tta_level: int = 0, tta_share: float = 1.0) -> torch.Tensor:
     """float32 logits [N, 10] of the loader's images, in order, not augmented. tta_level 0: the image; 1: mean
     of it and its mirror; 2: half of that, a quarter each of the same one pixel up-left and down-right.
-    tta_share: part of the images that gets it, in whole batches: those with the closest two best logits."""
-    def predict(images, weights):  # a weight for each view; all views of a batch together
+    tta_share: part of the images that gets it, those whose two best logits are closest, in whole batches."""
+    def predict(images, weights):  # weights of image, mirror, both up-left, both down-right
         for batch in images.split(loader.batch_size):
             padded = F.pad(batch, (1,) * 4, 'reflect')
             crops = batch, padded[:, :, :-2, :-2], padded[:, :, 2:, 2:]
@@ -238,7 +238,7 @@ def now(device: torch.device) -> float:  # host seconds, when the device has fin
     return time.perf_counter()
 
 def summed_loss(net, images, labels, label_smoothing):
-    """The loss, summed over the batch in float32, and the logits."""
+    """The loss, summed over the batch in float32, and the logits. It is what the Engine compiles."""
     logits = net(images)
     return F.cross_entropy(logits.float(), labels, label_smoothing=label_smoothing, reduction='sum'), logits
 
@@ -310,15 +310,15 @@ def train(data: dict, seed: int, device: torch.device | str | None = None, engin
 class Engine:
     """A compiled network, its optimizer and the step that trains it, made once under the hyp of its runs, and
     reset for each. On CUDA the third step of each kind (size of the images, whitening bias trained or frozen)
-    is captured as a CUDA graph, which later ones replay, on a stream of its own that stays current."""
+    is captured as a CUDA graph, which later ones replay. A stream other than the default stays current."""
     def __init__(self, device: torch.device, **options):
         self.net, self.graphs, self.calls = make_net(device), {}, collections.Counter()
         self.optimizer, self.pool = make_optimizer(self.net), None
         torch._dynamo.config.cache_size_limit += 32  # kinds of batches; what is over it runs eager
         self.lrs = [torch.zeros((), device=device) for _ in self.optimizer.param_groups]
         if device.type == 'cuda':
-            torch.cuda.synchronize(device)  # what is to be captured must not run on the default stream before
-            torch.cuda.set_stream(torch.cuda.Stream(device))
+            torch.cuda.synchronize(device)  # the tensors above are ready; the default stream can't capture
+            torch.cuda.current_stream(device).cuda_stream or torch.cuda.set_stream(torch.cuda.Stream(device))
             self.pool = torch.cuda.graph_pool_handle()
         for module in self.net.modules():  # on a CPU ATen's are faster than the compiler's
             if device.type == 'cpu' and isinstance(module, (nn.MaxPool2d, BatchNorm)):
@@ -332,16 +332,16 @@ class Engine:
         return self.net, self.optimizer, self.step
     def step(self, net, optimizer, images, labels, label_smoothing):
         """`train_step`. On CUDA the next step overwrites the results."""
-        def step(*batch): return train_step(net, optimizer, *batch, label_smoothing, self.loss_function)
+        def make_step(*batch): return train_step(net, optimizer, *batch, label_smoothing, self.loss_function)
         for lr, group in zip(self.lrs, optimizer.param_groups):
-            group['lr'] = lr.fill_(group['lr'])  # beside the batch all that changes from step to step
+            group['lr'] = lr.fill_(group['lr'])  # all but the batch that changes from step to step
         kind = images.shape, net[0].bias.requires_grad
         self.calls[kind] += 1
-        if self.pool is None or self.calls[kind] < 3: return step(images, labels)  # compiles, picks kernels
+        if self.pool is None or self.calls[kind] < 3: return make_step(images, labels)  # compiles
         if self.calls[kind] == 3:
             graph, batch = torch.cuda.CUDAGraph(), (images.clone(), labels.clone())
             with torch.cuda.graph(graph, self.pool, torch.cuda.current_stream(images.device)):
-                self.graphs[kind] = graph, batch, step(*batch)
+                self.graphs[kind] = graph, batch, make_step(*batch)
         graph, batch, results = self.graphs[kind]
         for static, new in zip(batch, (images, labels)): static.copy_(new)
         graph.replay()
@@ -586,13 +586,13 @@ def warm_up(arm: Arm, data: dict, device: torch.device, engine) -> float:
     whiten, small = (arm.hyp.get(key, 0) for key in ('opt.whiten_bias_epochs', 'opt.small_epochs'))
     changes = {'opt.train_epochs': 4.0, 'opt.whiten_bias_epochs': min(whiten, 1 + (whiten > small)),
                'opt.small_epochs': min(small, 1 + (small > whiten))}  # both have ended after two epochs
-    few = {'train': (3 if engine else 1) * arm.hyp['opt.batch_size'],  # an engine captures the third step
+    few = {'train': (3 if engine and engine.pool else 1) * arm.hyp['opt.batch_size'],  # the third is captured
            'test': 1000 + len(data['test']['labels']) % 1000}
     part = {split: {key: value[:few[split]] for key, value in data[split].items()} for split in few}
-    with overrides({'opt.train_epochs': 0.001, 'net.tta_level': 0}, arm.script.hyp):  # loader at full size
-        arm.script.train({**data, 'test': part['test']}, 0, device, engine, quiet=True)
     with overrides(changes, arm.script.hyp):
         record, _ = arm.script.train(part, 0, device, engine, quiet=True)
+    with overrides({'opt.train_epochs': 0.001, 'net.tta_level': 0}, arm.script.hyp):  # captures free memory
+        arm.script.train({**data, 'test': part['test']}, 0, device, engine, quiet=True)
     *_, third, fourth = (row['clock_seconds'] for row in record['epochs'])
     train, test = (len(data[split]['labels']) / len(part[split]['labels']) for split in few)  # how many parts
     return arm.hyp['opt.train_epochs'] * (fourth - third) * train + (record['clock_seconds'] - fourth) * test
@@ -623,7 +623,7 @@ def experiment(args: argparse.Namespace, argv: list[str], runs: list, state: dic
             for trial, run in itertools.product(range(1, args.trials + 1), range(1, args.runs + 1))]
     todo = [*itertools.chain(*[*filter(None, todo)][rank::world])]  # all arms of a run in one process
     line = '{:>5} {:>4} {:>6} {:>11} {:>10} {:>9} {:>9} {:>11} {:>10}  {}'.format
-    start, seconds, engines = time.perf_counter(), 0, state.setdefault('engines', {})
+    start, seconds, engines = time.perf_counter(), 0, {}
     try:
         say(title, 'Warming up', sep='\n')
         torch.compiler.reset()  # forget what an earlier call in this process compiled
@@ -681,7 +681,7 @@ def main(argv: list[str] | None = None) -> list[dict]:
         if re.search('MemoryError|out of memory|allocate memory|ALLOC_FAILED|overflowed', repr(error)):
             ram = sys.platform == 'linux' and os.sysconf('SC_AVPHYS_PAGES') * os.sysconf('SC_PAGE_SIZE') >> 20
             reason = f'out of memory, batch size {state["batch"]}, {ram or "?"} MiB free: try less. {reason}'
-        elif any(state.get('engines', {}).values()) and status == 2 and type(error).__name__ != 'UserError':
+        elif status == 2 and type(error).__module__.startswith(('torch._dynamo', 'torch._inductor')):
             reason = f'--compile failed (needs a C++ compiler, on CUDA also Triton): {reason}'
         elif type(error).__name__ != 'UserError' and 'by peer' not in reason:  # any script's; rank 0 said why
             raise

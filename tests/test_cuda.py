@@ -90,16 +90,20 @@ def test_steps_of_an_epoch_do_not_synchronize(script, gpu_data, engine, trained)
 
 
 @pytest.mark.parametrize('share', [0.25, 1.0])
-def test_evaluation_does_not_synchronize(script, gpu_data, share):
-    net = script.make_net('cuda')
+@pytest.mark.parametrize('engine', [False, True])
+def test_evaluation_does_not_synchronize(script, gpu_data, engine, share):
+    torch.compiler.reset()
+    net = script.Engine(torch.device('cuda', 0)).net if engine else script.make_net('cuda')
+    net[0].bias.requires_grad = False
     loader = script.CifarLoader(gpu_data, train=False, batch_size=1000)
+    script.infer(net, loader, 2, share)  # compiles
     with synchronization_is_an_error():
         logits = script.infer(net, loader, 2, share)
     assert logits.shape == (2500, 10) and logits.isfinite().all()
 
 
 def test_replayed_steps_are_the_eager_ones(script, gpu_data):
-    """In half precision, step by step from the same weights and momentum, one capture and two replays."""
+    """In half precision, step by step from the same weights and momentum, a capture and three replays."""
     torch.compiler.reset()
     eager = script.make_net('cuda')
     eager_optimizer = script.make_optimizer(eager)
@@ -132,8 +136,8 @@ def test_an_engine_captures_once_for_all_runs(script, gpu_data):
         again, _ = script.train(gpu_data, 1, engine=engine, quiet=True)
         eager, _ = script.train(gpu_data, 1, quiet=True)
     assert engine.graphs == graphs and len(graphs) == 2
-    assert again['epochs'][-1]['train_loss'] == pytest.approx(first['epochs'][-1]['train_loss'], rel=0.05)
-    assert again['epochs'][-1]['train_loss'] == pytest.approx(eager['epochs'][-1]['train_loss'], rel=0.05)
+    assert again['epochs'][-1]['train_loss'] == pytest.approx(first['epochs'][-1]['train_loss'], rel=0.2)
+    assert again['epochs'][-1]['train_loss'] == pytest.approx(eager['epochs'][-1]['train_loss'], rel=0.2)
 
 
 @pytest.mark.parametrize('options', [[], ['--compile'], ['--compile', '--hyp', 'opt.small_epochs=1']])

@@ -22,11 +22,11 @@ def fresh_compiler():
 
 
 @pytest.fixture
-def float32(script, monkeypatch):
-    """Each script in float32 under FREEZING."""
-    set_autocast(monkeypatch, script, False)
-    with script.overrides(FREEZING):
-        yield script
+def float32(modified, monkeypatch):
+    """The modified script in float32 under FREEZING. (The engine is the same text in both scripts.)"""
+    set_autocast(monkeypatch, modified, False)
+    with modified.overrides(FREEZING):
+        yield modified
 
 
 def state(net, optimizer):
@@ -49,7 +49,7 @@ class Twins:
         self.batches = list(script.CifarLoader(data, batch_size=64, aug=script.hyp['aug']))
 
     def make_step(self, number):
-        """Step `number` by both, of which the first 4 train the whitening bias. Losses, and states after it."""
+        """Step `number` by both; the first 4 train the whitening bias. Losses, and states after it."""
         results = []
         for net, optimizer, step in ((self.net, self.optimizer, self.step),
                                      (self.eager, self.eager_optimizer, self.script.train_step)):
@@ -96,7 +96,7 @@ def test_a_second_run_of_an_engine_is_that_run_alone_bit_for_bit(float32, data):
     assert all(torch.equal(value, other.state_dict()[name]) for name, value in net.state_dict().items())
 
 
-@pytest.mark.parametrize('quiet, values, test', [
+each_course = pytest.mark.parametrize('quiet, values, test', [
     (True, {}, 100),                               # the whitening bias freezes on the way
     (True, {'opt.train_epochs': 1.0}, 100),        # it does not
     (True, {'net.tta_level': 0}, 1010),            # whole batches and a short one
@@ -105,21 +105,33 @@ def test_a_second_run_of_an_engine_is_that_run_alone_bit_for_bit(float32, data):
     (False, {'opt.small_epochs': 2}, 100),         # small images, trained and frozen
     (False, {'opt.small_epochs': 1, 'opt.whiten_bias_epochs': 2}, 100),
 ])
+
+
+def warmed_up(script, engine, data):
+    script.warm_up(script.Arm('it', script, '', script.flat(script.hyp)), data, torch.device('cpu'), engine)
+
+
+@each_course
 def test_after_the_warm_up_nothing_is_compiled(quiet, values, test, float32):
-    data, device = float32.synthetic_data('cpu', 256, test), torch.device('cpu')
+    data = float32.synthetic_data('cpu', 256, test)
+    widths = [{'net.widths.block1': width} for width in (8, 12)]  # of two engines, both warmed up first
     with float32.overrides({'opt.train_epochs': 3.0, **values}):
-        engine = float32.Engine(device, **TRACED)
-        float32.warm_up(float32.Arm('it', float32, '', float32.flat(float32.hyp)), data, device, engine)
-        with torch._dynamo.config.patch(error_on_recompile=True):
-            float32.train(data, 1, 'cpu', engine, quiet)
+        engines = []
+        for arm in widths:
+            with float32.overrides(arm):
+                engines.append(float32.Engine(torch.device('cpu'), **TRACED))
+                warmed_up(float32, engines[-1], data)
+        for arm, engine in zip(widths, engines):
+            with float32.overrides(arm), torch._dynamo.config.patch(error_on_recompile=True):
+                float32.train(data, 1, 'cpu', engine, quiet)
 
 
-def test_no_kind_of_batch_is_too_many_to_be_compiled(float32, data, caplog):
+def test_no_kind_of_batch_is_too_many_to_be_compiled(float32, caplog):
     """Small and large images, the bias trained and frozen, short batches, by three engines in turn."""
-    device, values = torch.device('cpu'), {'opt.small_epochs': 2, 'opt.train_epochs': 3.0, 'net.tta_share': 0.5}
-    with float32.overrides(values):
+    device, data = torch.device('cpu'), float32.synthetic_data('cpu', 256, 130)
+    with float32.overrides({'opt.small_epochs': 2, 'opt.train_epochs': 3.0, 'net.tta_share': 0.5}):
         for _ in range(3):
-            float32.train(float32.synthetic_data('cpu', 256, 130), 1, device, float32.Engine(device, **TRACED))
+            float32.train(data, 1, device, float32.Engine(device, **TRACED))
     assert 'limit' not in caplog.text
 
 
@@ -145,8 +157,8 @@ class RecordedGraph(TorchDispatchMode):
             again = operation(*args, **kwargs)
             olds, news = (torch.utils._pytree.tree_leaves(value) for value in (results, again))
             for old, new in zip(olds, news):
-                if isinstance(old, torch.Tensor) and old.data_ptr() != new.data_ptr():  # neither view nor in place
-                    old.copy_(new)
+                if isinstance(old, torch.Tensor) and old.data_ptr() != new.data_ptr():
+                    old.copy_(new)  # else a view, or in place
 
 
 @pytest.fixture
@@ -185,10 +197,21 @@ def test_replayed_runs_are_the_eager_ones(float32, data, capturing):
     assert [graph.replays for graph, *_ in capturing.graphs.values()] == [6, 14]
 
 
+@each_course
+def test_after_the_warm_up_nothing_is_captured(quiet, values, test, float32, capturing):
+    data = float32.synthetic_data('cpu', 256, test)
+    with float32.overrides({'opt.train_epochs': 3.0, **values}):
+        warmed_up(float32, capturing, data)
+        graphs = dict(capturing.graphs)
+        float32.train(data, 1, 'cpu', capturing, quiet)
+    assert graphs and capturing.graphs == graphs
+
+
 def test_each_size_and_each_state_of_the_whitening_bias_has_a_graph_of_its_own(float32, data, capturing):
     with float32.overrides({'opt.small_epochs': 2, 'opt.train_epochs': 3.0}):
         float32.train(data, 1, 'cpu', capturing, quiet=True)
-    assert [(shape[-1], trained) for shape, trained in capturing.graphs] == [(24, True), (24, False), (32, False)]
+    kinds = [(shape[-1], trained) for shape, trained in capturing.graphs]
+    assert kinds == [(24, True), (24, False), (32, False)]
 
 
 def test_the_frozen_whitening_bias_is_left_out_of_its_graph(float32, data, capturing):

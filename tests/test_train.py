@@ -100,7 +100,8 @@ def test_both_scripts_train_on_the_same_batches(baseline, modified, data, monkey
 def test_the_first_epochs_train_on_small_images(narrow, data, monkeypatch):
     given, train_step = {size: [] for size in (32, 24)}, narrow.train_step
     for size, epochs in ((32, 0), (24, 1)):
-        monkeypatch.setattr(narrow, 'train_step', lambda *args: given[size].append(args[2]) or train_step(*args))
+        monkeypatch.setattr(
+            narrow, 'train_step', lambda *args: given[size].append(args[2]) or train_step(*args))
         with narrow.overrides({'opt.small_epochs': epochs}):
             narrow.train(data, 1, 'cpu', quiet=True)
     assert [batch.shape[2:] for batch in given[24]] == [(24, 24)] * 4 + [(32, 32)] * 4
