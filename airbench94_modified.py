@@ -448,7 +448,7 @@ def parse_hyp(pairs: dict, known: dict) -> dict:
         with contextlib.suppress(KeyError, ValueError):
             values[key] = {'true': True, 'false': False}[text.lower()] if kind is bool else kind(text)
         if kind is not str and not low <= values.get(key, math.nan) <= high:
-            raise UserError(f'{key}={text}: it must be {kind.__name__}, from {low} to {high}')
+            raise UserError(f'{key}={text}: it must be {kind.__name__}, from {low:g} to {high:g}')
     return values
 def make_arms(args: argparse.Namespace) -> list[Arm]:
     """This script, once for each combination of --sweep's values, then those of --versus; --hyp for all."""
@@ -538,8 +538,8 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     add('--seed', metavar='S', type=int, help='seed of all runs (drawn and printed)')
     add('--device', metavar='D', default='auto', help='cuda, cuda:1, cpu, or auto: CUDA where it is (auto)')
     add('--hyp', metavar='KEY=VALUE', **many, help='other hyperparameters, in all arms')
-    add('--compile', action='append_const', dest='hyp', const='net.compile=True', help='use the Engine')
-    add('--recipe', choices=RECIPES, default='report', help='a named set of hyperparameters (report)')
+    add('--compile', action='append_const', dest='hyp', const='net.compile=True', help='by the Engine')
+    add('--recipe', choices=RECIPES, default='report', help='hyperparameters of this script by name (report)')
     add('--versus', metavar='SCRIPT[:KEY=VALUE,...]', **many, help='scripts to compare with')
     add('--sweep', metavar='KEY=A,B,...', **many, help='values to compare')
     add('--data-dir', metavar='DIR', default='cifar10', help='has train.pt, test.pt; or gets them (cifar10)')
@@ -592,11 +592,11 @@ def warm_up(arm: Arm, data: dict, device: torch.device, engine) -> float:
     whiten, small = (arm.hyp.get(key, 0) for key in ('opt.whiten_bias_epochs', 'opt.small_epochs'))
     changes = {'opt.train_epochs': 4.0, 'opt.whiten_bias_epochs': min(whiten, 1 + (whiten > small)),
                'opt.small_epochs': min(small, 1 + (small > whiten))}  # both have ended after two epochs
-    few = {'train': (3 if engine and engine.pool else 1) * arm.hyp['opt.batch_size'],  # the third is captured
-           'test': 1000 + len(data['test']['labels']) % 1000}
+    few = {'train': arm.hyp['opt.batch_size'], 'test': 1000 + len(data['test']['labels']) % 1000}
     part = {split: {key: value[:few[split]] for key, value in data[split].items()} for split in few}
     with overrides(changes, arm.script.hyp):
-        record, _ = arm.script.train(part, 0, device, engine, quiet=True)
+        for _ in range(3 if engine else 1):  # the third step of each kind is captured
+            record, _ = arm.script.train(part, 0, device, engine, quiet=True)
     with overrides({'opt.train_epochs': 0.001, 'net.tta_level': 0}, arm.script.hyp):  # captures free memory
         arm.script.train({**data, 'test': part['test']}, 0, device, engine, quiet=True)
     *_, third, fourth = (row['clock_seconds'] for row in record['epochs'])
