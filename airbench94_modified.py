@@ -22,7 +22,6 @@ import math
 import os
 import pathlib
 import re
-import shutil
 import sys
 import tempfile
 import time
@@ -72,6 +71,8 @@ RECIPES = {  # name -> differences from hyp
 CIFAR_MEAN, CIFAR_STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
 DTYPE = {'cuda': torch.float16, 'cpu': torch.float32}  # of images and weights, but for BatchNorm
 EVAL_BATCH = {'cuda': 2000, 'cpu': 500}  # what keeps a GPU busy, and what fits a CPU's cache
+CPU_INFO = pathlib.Path('/proc/cpuinfo').read_text() if sys.platform == 'linux' else ''
+CPU_HAS_BFLOAT16 = re.search('avx512_bf16|amx_bf16', CPU_INFO) is not None
 
 
 # ---------------------------------------- Data ----------------------------------------
@@ -115,10 +116,9 @@ def download(data_dir: pathlib.Path, missing: list[str]):
 
         data_dir.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix='.download-', dir=data_dir) as folder:
-            if (data_dir / CIFAR10.filename).exists():  # the user's own download
-                shutil.copy(data_dir / CIFAR10.filename, folder)
+            root = data_dir if (data_dir / CIFAR10.filename).exists() else folder
             for name in missing:
-                split = CIFAR10(folder, train=name == 'train.pt', download=True)
+                split = CIFAR10(root, train=name == 'train.pt', download=True)
                 images, labels = torch.from_numpy(split.data), torch.tensor(split.targets)
                 file = pathlib.Path(folder, name)
                 torch.save({'images': images, 'labels': labels, 'classes': split.classes}, file)
@@ -380,16 +380,9 @@ class LookaheadState:
 
 
 # ---------------------------------------- Evaluation ----------------------------------------
-@functools.cache
-def cpu_has_bfloat16() -> bool:
-    """Whether the CPU multiplies bfloat16 by itself: only then it gains from it."""
-    cpuinfo = pathlib.Path('/proc/cpuinfo')
-    return cpuinfo.exists() and bool(re.search('avx512_bf16|amx_bf16', cpuinfo.read_text()))
-
-
 def autocast(device: torch.device) -> torch.autocast:
-    """bfloat16 on such a CPU. On a GPU the weights themselves are in half precision."""
-    return torch.autocast('cpu', torch.bfloat16, device.type == 'cpu' and cpu_has_bfloat16())
+    """On a CPU that gains from it. On a GPU the weights themselves are in half precision."""
+    return torch.autocast('cpu', torch.bfloat16, device.type == 'cpu' and CPU_HAS_BFLOAT16)
 
 
 @torch.no_grad()
@@ -545,7 +538,7 @@ def train(
     record['eval_seconds'] = sum(row['eval_seconds'] for row in rows)
     record |= {f'{split}_images': len(data[split]['labels']) for split in data}
     record |= {'classes': len(test_loader.classes), 'torch': torch.__version__, 'device': 'CPU'}
-    record['dtype'] = 'bfloat16 autocast' if cpu_has_bfloat16() else 'float32'
+    record['dtype'] = 'bfloat16 autocast' if CPU_HAS_BFLOAT16 else 'float32'
     if device.type == 'cuda':
         record |= {'device': torch.cuda.get_device_name(device), 'dtype': 'float16'}
         record['peak_bytes'] = torch.cuda.max_memory_allocated(device)
@@ -652,22 +645,16 @@ def warm_up(data: dict, hyp: dict, device: torch.device, net=None) -> tuple[dict
     return record, steps * scale['train'] + (record['clock_seconds'] - marks[-1]) * scale['test']
 
 
-def suggestion(word: str) -> str:
-    """'--lr' -> ': did you mean --hyp opt.lr=...?'"""
-    word = word.lstrip('-').replace('-', '_').split('.')[-1]
-    near = [key for key in flatten(hyp) if word in key.split('.')[-1]]
-    return (
-        f': did you mean --hyp {near[0]}=...?' if near else f'; hyp has {", ".join(flatten(hyp))}'
-    )
-
-
 def changed_hyp(changes: list[str]) -> dict:
     """A copy of hyp with changes like 'opt.lr=9'. Raises UserError."""
     changed, present = copy.deepcopy(hyp), flatten(hyp)
     for change in changes:
         key, _, text = change.partition('=')
         if key not in present:
-            raise UserError(f'there is no hyperparameter {key}{suggestion(key)}')
+            word = key.split('.')[-1].lstrip('-').replace('-', '_')
+            near = [f'--hyp {known}=' for known in present if word in known.split('.')[-1]]
+            hint = f'did you mean {near[0]}?' if near else f'hyp has {", ".join(present)}'
+            raise UserError(f'there is no {key}: {hint}')
         kind = type(present[key])
         try:
             value = json.loads(text.lower()) if kind in (bool, list) else kind(text)
@@ -702,8 +689,7 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     add('--save', metavar='FILE', help='keep the network of the last run')
     add('--synthetic', action='store_true', help='made-up images, no download')
     args, unknown = parser.parse_known_args(argv)
-    if unknown:
-        raise UserError(f'there is no option {unknown[0]}{suggestion(unknown[0])}')
+    changed_hyp(unknown)  # no option: perhaps a hyperparameter is meant
     if min(args.trials, args.runs) < 1 or (args.seed or 0) < 0:
         raise UserError('--trials and --runs must be at least 1, --seed at least 0')
     if not 1 < args.target <= 100:
@@ -769,8 +755,8 @@ def explain(error: Exception, hyp_given: bool) -> str | None:
     signs = 'out of memory|allocate memory|ALLOC_FAILED|ALLOCATION_FAILED|unable to find an engine'
     if isinstance(error, (UserError, argparse.ArgumentError)):
         return text
-    if isinstance(error, OSError) and error.filename:
-        return f'{error.filename}: {error.strerror}'
+    if isinstance(error, OSError):
+        return f'{error.filename or "the log"}: {error.strerror}'
     if isinstance(error, MemoryError) or re.search(signs, text):
         functions = {frame.name for frame in traceback.extract_tb(error.__traceback__)}
         phase = 'evaluation (EVAL_BATCH)' if 'infer' in functions else 'preparation of the images'
