@@ -1,11 +1,15 @@
 """What every test file uses: both scripts as modules, small data, a network narrow enough for a CPU."""
+
 import contextlib
+import copy
+import functools
 import importlib
 import os
 import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,26 +17,37 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = ('airbench94_baseline', 'airbench94_modified')
 sys.path.insert(0, str(ROOT))
-torch.set_num_threads(1)  # the tests' work is tiny: on a busy machine a second thread waits for its turn
+torch.set_num_threads(1)  # the work is tiny: on a busy machine a second thread waits for its turn
 
-# A run of a second or two: 4 steps per epoch on the 256 images of `data`.
-NARROW = {'net.widths.block1': 8, 'net.widths.block2': 8, 'net.widths.block3': 8,
-          'opt.batch_size': 64, 'opt.train_epochs': 2.0}
+# A run of a second or less: 4 steps per epoch on the 256 images of `data`.
+NARROW = {
+    'net.widths.block1': 8,
+    'net.widths.block2': 8,
+    'net.widths.block3': 8,
+    'opt.batch_size': 64,
+    'opt.train_epochs': 2.0,
+}
 NARROW_ARGS = ['--device', 'cpu', '--hyp', *(f'{key}={value}' for key, value in NARROW.items())]
 
 
-# ---------------------------------------- The campaign ----------------------------------------
+def narrow_hyp(script, **changes) -> dict:
+    """A copy of a script's hyp with NARROW and then the changes: lr=9 or **{'opt.lr': 9}."""
+    hyp = copy.deepcopy(script.hyp)
+    known = script.flatten(hyp)
+    for change, value in {**NARROW, **changes}.items():
+        (key,) = [key for key in known if key == change or key.endswith(f'.{change}')]
+        *groups, name = key.split('.')
+        functools.reduce(dict.get, groups, hyp)[name] = value
+    return hyp
 
-CAMPAIGN = 'campaign: the long form of the fault tests, left out here: python -m pytest tests -m campaign'
+
+# ---------------------------------------- The campaign ----------------------------------------
+CAMPAIGN = 'campaign: the long form of the fault tests is left out: python -m pytest tests -m campaign'
 
 
 def times(short, long):
     """Parametrizes a fault test with n: the short form, and the long one in the campaign."""
     return pytest.mark.parametrize('n', [short, pytest.param(long, marks=pytest.mark.campaign)])
-
-
-def pytest_configure(config):
-    config.addinivalue_line('markers', CAMPAIGN)
 
 
 def pytest_report_header(config):
@@ -46,8 +61,7 @@ def pytest_collection_modifyitems(config, items):
         items[:] = [item for item in items if item not in left_out]
 
 
-# ---------------------------------------- Fixtures ----------------------------------------
-
+# ---------------------------------------- Scripts and data ----------------------------------------
 @pytest.fixture(params=SCRIPTS)
 def script(request):
     """Each of the two scripts, as a module."""
@@ -65,10 +79,10 @@ def modified():
 
 
 @pytest.fixture
-def narrow(script):
-    """Each script with NARROW in its hyp for the length of a test."""
-    with script.overrides(NARROW):
-        yield script
+def float32(monkeypatch, baseline, modified):
+    """Both scripts believe that this CPU gains nothing from bfloat16."""
+    for module in (baseline, modified):
+        monkeypatch.setattr(module, 'CPU_HAS_BFLOAT16', False)
 
 
 @pytest.fixture(scope='session')
@@ -86,10 +100,30 @@ def data_dir(data, tmp_path_factory):
     return folder
 
 
-def set_autocast(monkeypatch, script, enabled):
-    """Make a script believe that its CPU gains from bfloat16, or that it does not."""
-    dtype = 'float32 under bfloat16 autocast' if enabled else 'float32'
-    monkeypatch.setattr(script, 'environment', lambda device: {'dtype': dtype})
+# ---------------------------------------- Commands ----------------------------------------
+@pytest.fixture
+def call(baseline, tmp_path, monkeypatch, capsys):
+    """call(*args, script=baseline): main in an empty folder; what it ended with: status, out, err."""
+    monkeypatch.chdir(tmp_path)
+
+    def call(*args, script=baseline):
+        status, runs = 0, None
+        capsys.readouterr()
+        try:
+            runs = script.main([str(arg) for arg in args])
+        except SystemExit as end:
+            status = end.code
+        out, err = capsys.readouterr()
+        return SimpleNamespace(status=status, out=out, err=err, runs=runs)
+
+    return call
+
+
+def assert_refused(result, status=2):
+    """The command ended with a status and one line of at least four words."""
+    assert result.status == status, result.err
+    assert result.err.count('\n') == 1 and 'Traceback' not in result.err, result.err
+    assert len(result.err.split()) >= 4, result.err
 
 
 def command(name, *args):
@@ -98,7 +132,7 @@ def command(name, *args):
 
 
 def environment(**variables):
-    """The environment of a subprocess: one thread, so that results repeat and tests can share a machine."""
+    """The environment of a subprocess: one thread, as results repeat and tests share a machine."""
     return {**os.environ, 'OMP_NUM_THREADS': '1', 'PYTHONUNBUFFERED': '1', **variables}
 
 
@@ -106,10 +140,16 @@ def environment(**variables):
 def live(folder, words, **options):
     """A running process in a session of its own, which is ended with it; options of Popen.
     (A shell's background job ignores Ctrl-C and hands that down: it is undone.)"""
-    process = subprocess.Popen(words, cwd=folder, **{
-        'env': environment(), 'stdin': subprocess.DEVNULL, 'stdout': subprocess.PIPE,
-        'stderr': subprocess.STDOUT, 'text': True, 'start_new_session': True,
-        'preexec_fn': lambda: signal.signal(signal.SIGINT, signal.default_int_handler), **options})
+    defaults = {
+        'env': environment(),
+        'stdin': subprocess.DEVNULL,
+        'stdout': subprocess.PIPE,
+        'stderr': subprocess.STDOUT,
+        'text': True,
+        'start_new_session': True,
+        'preexec_fn': lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    }
+    process = subprocess.Popen(words, cwd=folder, **{**defaults, **options})
     try:
         yield process
     finally:
@@ -120,8 +160,16 @@ def live(folder, words, **options):
 
 @pytest.fixture
 def run(tmp_path):
-    """run(name, *args, **variables): a script's command line in an empty folder, as a finished process."""
+    """run(name, *args, **variables): a script's command line in an empty folder, finished."""
+
     def run(name, *args, **variables):
-        return subprocess.run(command(name, *args), cwd=tmp_path, env=environment(**variables),
-                              stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=300)
+        return subprocess.run(
+            command(name, *args),
+            cwd=tmp_path,
+            env=environment(**variables),
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+        )
+
     return run

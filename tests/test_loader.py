@@ -1,4 +1,5 @@
-"""CifarLoader: what its batches hold, when it computes what, and that both scripts' batches are the same."""
+"""CifarLoader: what its batches hold, what it computes when, and that both scripts' are the same."""
+
 import itertools
 
 import pytest
@@ -6,8 +7,7 @@ import torch
 import torch.nn.functional as F
 
 FULL = {'flip': True, 'translate': 2}
-AUGS = [FULL, {'flip': True}, {'translate': 2}, None]
-each_aug = pytest.mark.parametrize('aug', AUGS, ids=str)
+each_aug = pytest.mark.parametrize('aug', [FULL, {'flip': True}, {'translate': 2}, None], ids=str)
 
 
 @pytest.fixture(scope='module')
@@ -15,17 +15,18 @@ def noise():
     """300 images of noise, no two alike. The label of image i is i."""
     rng = torch.Generator().manual_seed(5)
     images = torch.randint(256, (300, 32, 32, 3), generator=rng, dtype=torch.uint8)
-    return first({'train': {'images': images, 'labels': torch.arange(300), 'classes': []}}, 300)
+    split = {'images': images, 'labels': torch.arange(300), 'classes': [*map(str, range(300))]}
+    return {'train': split, 'test': split}
 
 
 def first(data, n):
-    """Both splits of a loader's dict: the first n training images."""
+    """Both splits: the first n training images."""
     split = {key: value[:n] for key, value in data['train'].items()}
     return {'train': split, 'test': split}
 
 
-def make_loader(script, *args, seed=1, **kwargs):
-    torch.manual_seed(seed)
+def make_loader(script, *args, **kwargs):
+    torch.manual_seed(1)
     return script.CifarLoader(*args, **kwargs)
 
 
@@ -33,109 +34,84 @@ def batches(loader, epochs=3):
     return [batch for _ in range(epochs) for batch in loader]
 
 
-def select(loader, mask):
-    loader.images = loader.images[mask]
-    loader.labels = loader.labels[mask]
-
-
 def assert_same_batches(ours, theirs):
-    assert len(ours) == len(theirs)
-    for our_batch, their_batch in zip(ours, theirs):
+    assert len(ours) == len(theirs) > 0
+    for our_batch, their_batch in zip(ours, theirs, strict=True):
         assert all(map(torch.equal, our_batch, their_batch))
 
 
 def placement(image, original):
-    """(row, column, mirrored) of the crop of the reflect-padded original that image is, else None."""
+    """(row, column, mirrored) of the crop of the reflect-padded original that an image is."""
     padded = F.pad(original, (2,) * 4, 'reflect')
     for row, column, mirrored in itertools.product(range(5), range(5), (False, True)):
-        crop = padded[:, row:row + 32, column:column + 32]
+        crop = padded[:, row : row + 32, column : column + 32]
         if torch.equal(image, crop.flip(-1) if mirrored else crop):
             return row, column, mirrored
+    raise AssertionError('no window of its original')
 
 
 def placements(loader, epochs=1):
-    """A list per epoch: the placement of each image of a loader over `noise`, in the order of the images."""
-    normalized, result = loader.normalize(loader.images), []
+    """For each epoch the placement of each image of a loader over `noise`, in the images' order."""
+    originals, result = loader.normalize(loader.images), []
     for _ in range(epochs):
-        found = {int(i): placement(image, normalized[i]) for batch in loader for image, i in zip(*batch)}
+        found = {}
+        for images, labels in loader:
+            for image, i in zip(images, labels.tolist(), strict=True):
+                found[i] = placement(image, originals[i])
         result.append([found[i] for i in sorted(found)])
     return result
 
 
-# Both loaders
-
+# ---------------------------------------- Both loaders ----------------------------------------
 @each_aug
-def test_both_loaders_yield_bit_identical_batches(aug, baseline, modified, data):
-    assert_same_batches(*(batches(make_loader(script, data, batch_size=100, aug=aug))
-                          for script in (baseline, modified)))
-
-
-@each_aug
-def test_both_loaders_yield_bit_identical_batches_after_a_selection(aug, baseline, modified, data):
+@pytest.mark.parametrize('drop_last', [True, False])
+def test_both_loaders_yield_bit_identical_batches(aug, drop_last, baseline, modified, data):
     streams = []
     for script in (baseline, modified):
-        loader = make_loader(script, data, batch_size=50, aug=aug, drop_last=False)
-        batches(loader, epochs=1)
-        select(loader, loader.labels < 5)
+        loader = make_loader(script, data, batch_size=100, aug=aug, drop_last=drop_last)
         streams.append(batches(loader))
     assert_same_batches(*streams)
 
 
 def test_the_same_seed_repeats_the_batches(script, data):
-    assert_same_batches(*(batches(make_loader(script, data, batch_size=100, aug=FULL)) for _ in range(2)))
+    streams = [batches(make_loader(script, data, batch_size=100, aug=FULL)) for _ in range(2)]
+    assert_same_batches(*streams)
 
 
-def test_random_numbers_are_drawn_as_flips_then_per_epoch_offsets_then_permutation(script, noise):
-    loader = make_loader(script, noise, batch_size=300, aug=FULL)
-    batches(loader, epochs=1)
-    (_, order), = loader
+def test_random_numbers_are_drawn_as_flips_then_per_epoch_offsets_then_order(script, noise):
+    (_, one), (_, two) = batches(make_loader(script, noise, batch_size=300, aug=FULL), epochs=2)
     torch.manual_seed(1)
     torch.rand(300)
-    for _ in range(2):
+    for order in (one, two):
         torch.randint(5, (300, 2))
-        expected = torch.randperm(300)
-    assert torch.equal(order, expected)
+        assert torch.equal(order, torch.randperm(300))
 
 
-# Augmentation
-
+# ---------------------------------------- Augmentation ----------------------------------------
 @each_aug
-def test_every_image_is_a_crop_perhaps_mirrored_of_the_original_that_its_label_names(aug, script, noise):
+def test_each_image_is_a_window_of_the_padded_original_that_its_label_names(aug, script, noise):
     loader = make_loader(script, first(noise, 50), batch_size=20, aug=aug, drop_last=False)
-    assert None not in sum(placements(loader, epochs=2), [])
+    found = {place for epoch in placements(loader, epochs=2) for place in epoch}
+    aug = {'flip': False, 'translate': 0, **(aug or {})}
+    assert ({(row, column) for row, column, _ in found} == {(2, 2)}) != bool(aug['translate'])
+    assert {mirrored for *_, mirrored in found} == ({False, True} if aug['flip'] else {False})
 
 
-def test_every_one_of_the_25_offsets_occurs(script, noise):
-    epoch, = placements(make_loader(script, noise, batch_size=100, aug={'translate': 2}))
-    assert {(row, column) for row, column, _ in epoch} == set(itertools.product(range(5), range(5)))
-
-
-def test_every_epoch_draws_new_offsets(script, noise):
-    one, two = placements(make_loader(script, noise, batch_size=100, aug={'translate': 2}), epochs=2)
-    assert sum(a == b for a, b in zip(one, two)) < 30  # 12 of 300 by chance
-
-
-@pytest.mark.parametrize('aug', [{}, {'flip': True}], ids=str)
-def test_without_translate_no_image_is_shifted(aug, script, noise):
-    epoch, = placements(make_loader(script, first(noise, 50), batch_size=50, aug=aug))
-    assert {(row, column) for row, column, _ in epoch} == {(2, 2)}
+def test_every_one_of_the_25_offsets_occurs_and_every_epoch_draws_new_ones(script, noise):
+    loader = make_loader(script, noise, batch_size=100, aug={'translate': 2})
+    one, two = placements(loader, epochs=2)
+    every = set(itertools.product(range(5), range(5)))
+    assert {(row, column) for row, column, _ in one} == every
+    assert sum(a == b for a, b in zip(one, two, strict=True)) < 30  # 12 of 300 by chance
 
 
 @pytest.mark.parametrize('aug', [{'flip': True}, FULL], ids=str)
 def test_every_image_alternates_between_mirrored_and_not(aug, script, noise):
-    epochs = placements(make_loader(script, first(noise, 50), batch_size=50, aug=aug), epochs=4)
+    loader = make_loader(script, first(noise, 100), batch_size=50, aug=aug)
+    epochs = placements(loader, epochs=4)
     mirrored = torch.tensor([[image[2] for image in epoch] for epoch in epochs])
     assert torch.equal(mirrored[1:], ~mirrored[:-1])
-
-
-def test_about_half_of_the_images_are_mirrored_in_the_first_epoch(script, noise):
-    epoch, = placements(make_loader(script, noise, batch_size=100, aug={'flip': True}))
-    assert 120 < sum(mirrored for *_, mirrored in epoch) < 180
-
-
-def test_without_flip_no_image_is_mirrored(script, noise):
-    epochs = placements(make_loader(script, first(noise, 50), batch_size=50, aug={'translate': 2}), epochs=2)
-    assert not any(mirrored for epoch in epochs for *_, mirrored in epoch)
+    assert 30 < mirrored[0].sum() < 70  # a random half to begin with
 
 
 def test_the_callers_images_stay_as_they_were(script, noise):
@@ -144,27 +120,51 @@ def test_the_callers_images_stay_as_they_were(script, noise):
     assert torch.equal(noise['train']['images'], before)
 
 
-# Precomputation
+def test_batch_crop_is_slicing(script):
+    torch.manual_seed(1)
+    images, offsets = torch.randn(9, 3, 14, 12), torch.randint(5, (9, 2))
+    index = torch.tensor([8, 0, 3, 3])
+    crops = script.batch_crop(images, 8, offsets, index)
+    for crop, i in zip(crops, index, strict=True):
+        row, column = offsets[i]
+        assert torch.equal(crop, images[i, :, row : row + 8, column : column + 8])
 
-@pytest.mark.parametrize('aug, sizes', [
-    (FULL, {'norm': 32, 'flip': 32, 'pad': 36}), ({'flip': True}, {'norm': 32, 'flip': 32}),
-    ({'translate': 3}, {'norm': 32, 'pad': 38}), ({}, {'norm': 32})], ids=str)
-def test_modified_precomputes_in_init_what_the_augmentation_needs(aug, sizes, modified, data):
-    shapes = {k: tuple(v.shape) for k, v in make_loader(modified, data, aug=aug).proc_images.items()}
+
+def test_batch_flip_lr_mirrors_an_image_or_leaves_it(script):
+    torch.manual_seed(1)
+    images = torch.randn(200, 3, 4, 4)
+    flipped = script.batch_flip_lr(images)
+    mirrored = [torch.equal(*pair) for pair in zip(flipped, images.flip(-1), strict=True)]
+    same = [torch.equal(*pair) for pair in zip(flipped, images, strict=True)]
+    assert same == [not was_mirrored for was_mirrored in mirrored] and 70 < sum(mirrored) < 130
+
+
+# ---------------------------------------- Precomputation ----------------------------------------
+SIZES = [
+    (FULL, {'norm': 32, 'flip': 32, 'pad': 36}),
+    ({'flip': True}, {'norm': 32, 'flip': 32}),
+    ({'translate': 3}, {'norm': 32, 'pad': 38}),
+    ({}, {'norm': 32}),
+]
+
+
+@pytest.mark.parametrize('aug, sizes', SIZES, ids=str)
+def test_modified_precomputes_in_init_and_baseline_in_the_first_epoch(
+    aug, sizes, baseline, modified, data
+):
+    ours, theirs = (make_loader(script, data, aug=aug) for script in (modified, baseline))
+    shapes = {key: tuple(value.shape) for key, value in ours.proc_images.items()}
     assert shapes == {key: (256, 3, size, size) for key, size in sizes.items()}
+    assert not theirs.proc_images
+    batches(theirs, epochs=1)
+    assert list(theirs.proc_images) == list(sizes)
 
 
 def test_pad_is_the_reflect_padded_flip_of_norm(modified, noise):
     norm, flip, pad = make_loader(modified, noise, aug=FULL).proc_images.values()
-    assert all(torch.equal(a, b) or torch.equal(a, b.flip(-1)) for a, b in zip(flip, norm))
+    for image, original in zip(flip, norm, strict=True):
+        assert torch.equal(image, original) or torch.equal(image, original.flip(-1))
     assert torch.equal(pad, F.pad(flip, (2,) * 4, 'reflect'))
-
-
-def test_baseline_precomputes_in_the_first_iteration(baseline, data):
-    loader = make_loader(baseline, data, aug=FULL)
-    before = list(loader.proc_images)
-    batches(loader, epochs=1)
-    assert (before, list(loader.proc_images)) == ([], ['norm', 'flip', 'pad'])
 
 
 def test_later_epochs_compute_nothing_anew(script, data):
@@ -176,125 +176,89 @@ def test_later_epochs_compute_nothing_anew(script, data):
         assert value is before[key][0] and torch.equal(value, before[key][1])
 
 
-def test_nothing_that_init_builds_has_a_graph(script, data):
-    loader = make_loader(script, data, aug=FULL)
-    values = [*vars(loader).values(), *loader.proc_images.values()]
-    assert not any(getattr(value, 'requires_grad', False) for value in values)
+def test_normalize_subtracts_the_mean_and_divides_by_the_std_of_each_channel(script, data):
+    loader = make_loader(script, data, train=False)
+    raw = data['test']['images'].permute(0, 3, 1, 2) / 255
+    assert torch.equal(loader.images, raw)
+    for channel, (mean, std) in enumerate([(0.4914, 0.2470), (0.4822, 0.2435), (0.4465, 0.2616)]):
+        normalized = loader.normalize(loader.images)[:, channel]
+        torch.testing.assert_close(normalized, (raw[:, channel] - mean) / std, rtol=0, atol=1e-6)
 
 
-def test_precomputation_from_images_that_require_grad_has_no_graph(script, data):
-    loader = make_loader(script, data, batch_size=100, aug=FULL)
-    loader.images = loader.images.clone().requires_grad_()
-    (images, _), = itertools.islice(loader, 1)
-    assert not any(tensor.requires_grad for tensor in (images, *loader.proc_images.values()))
+# ---------------------------------------- Batches ----------------------------------------
+BATCHES = [
+    (True, 3, None, [3, 3, 3]),  # the default: drop when training
+    (False, 3, None, [3, 3, 3, 1]),
+    (True, 3, False, [3, 3, 3, 1]),
+    (False, 3, True, [3, 3, 3]),
+    (True, 5, True, [5, 5]),
+    (True, 1, True, [1] * 10),
+    (True, 11, False, [10]),
+    (True, 11, True, []),
+]
 
 
-# Batches
-
-@pytest.mark.parametrize('train, batch_size, drop_last, sizes', [
-    (True, 3, None, [3, 3, 3]), (False, 3, None, [3, 3, 3, 1]),  # the default: drop when training
-    (True, 3, False, [3, 3, 3, 1]), (False, 3, True, [3, 3, 3]),
-    (True, 5, True, [5, 5]), (True, 5, False, [5, 5]), (True, 1, True, [1] * 10), (True, 11, False, [10]),
-])
+@pytest.mark.parametrize('train, batch_size, drop_last, sizes', BATCHES)
 def test_len_and_batch_sizes(train, batch_size, drop_last, sizes, script, noise):
     loader = make_loader(script, first(noise, 10), train, batch_size, drop_last=drop_last)
     assert [len(images) for images, _ in loader] == sizes and len(loader) == len(sizes)
 
 
-def test_a_batch_size_over_the_number_of_images_leaves_no_batch_if_drop_last(script, noise):
-    loader = make_loader(script, first(noise, 10), batch_size=11, drop_last=True)
-    assert (len(loader), list(loader)) == (0, [])
-
-
 @pytest.mark.parametrize('batch_size', [1, 7, 10, 64])
 def test_an_epoch_holds_each_image_once(batch_size, script, noise):
-    loader = make_loader(script, first(noise, 10), batch_size=batch_size, aug=FULL, drop_last=False)
+    data = first(noise, 10)
+    loader = make_loader(script, data, batch_size=batch_size, aug=FULL, drop_last=False)
     for _ in range(2):
-        assert sorted(torch.cat([labels for _, labels in loader]).tolist()) == list(range(10))
+        labels = torch.cat([labels for _, labels in loader])
+        assert sorted(labels.tolist()) == list(range(10))
 
 
-@pytest.mark.parametrize('train, shuffle, in_order', [
-    (True, None, False), (False, None, True), (True, False, True), (False, True, False)])
-def test_the_order_is_shuffled_by_default_only_in_training(train, shuffle, in_order, script, noise):
+@pytest.mark.parametrize(
+    'train, shuffle, in_order',
+    [(True, None, False), (False, None, True), (True, False, True), (False, True, False)],
+)
+def test_the_order_is_random_by_default_only_in_training(train, shuffle, in_order, script, noise):
     loader = make_loader(script, noise, train, batch_size=300, shuffle=shuffle)
-    assert (torch.equal(next(iter(loader))[1], torch.arange(300))) == in_order
-
-
-def test_every_epoch_has_its_own_permutation(script, noise):
-    (_, one), (_, two) = batches(make_loader(script, noise, batch_size=300), epochs=2)
-    assert not torch.equal(one, two)
+    (_, one), (_, two) = batches(loader, epochs=2)
+    assert torch.equal(one, torch.arange(300)) == in_order
+    assert torch.equal(one, two) == in_order  # each epoch has its own order
 
 
 @each_aug
 def test_batches_are_float32_channels_last_with_int64_labels_on_the_cpu(aug, script, data):
     for images, labels in batches(make_loader(script, data, batch_size=100, aug=aug), epochs=2):
+        assert images.shape == (100, 3, 32, 32)
         assert images.is_contiguous(memory_format=torch.channels_last)
-        assert (images.dtype, labels.dtype, images.device.type) == (torch.float32, torch.int64, 'cpu')
+        assert (images.dtype, labels.dtype) == (torch.float32, torch.int64)
+        assert not images.requires_grad and images.device.type == 'cpu'
 
 
+def test_epoch_counts_those_that_have_begun(script, data):
+    loader = make_loader(script, data, batch_size=100)
+    assert loader.epoch == 0
+    next(iter(loader))
+    assert loader.epoch == 1
+
+
+# ---------------------------------------- What it reads ----------------------------------------
 @pytest.mark.parametrize('train', [True, False])
 def test_a_directory_serves_as_well_as_a_dict(train, script, data, data_dir):
-    streams = [batches(make_loader(script, path, train, batch_size=100, aug=FULL, device='cpu'))
-               for path in (data, str(data_dir))]
+    streams = []
+    for path in (data, str(data_dir)):
+        loader = make_loader(script, path, train, batch_size=100, aug=FULL, device='cpu')
+        streams.append(batches(loader))
     assert_same_batches(*streams)
 
 
-def test_images_are_the_raw_ones_over_255(script, data):
-    loader = make_loader(script, data)
-    assert torch.equal(loader.images, data['train']['images'].permute(0, 3, 1, 2) / 255)
+def test_own_images_of_cifars_shape_are_a_dict(script):
+    images = torch.zeros(7, 32, 32, 3, dtype=torch.uint8)
+    split = {'images': images, 'labels': torch.arange(7) % 2, 'classes': ['cat', 'dog']}
+    loader = make_loader(script, {'train': split}, batch_size=3, aug=FULL)
+    assert [labels.dtype for _, labels in loader] == [torch.int64] * 2
+    assert loader.classes == ['cat', 'dog']
 
 
-def test_normalize_is_torchvisions(script, data):
-    from torchvision.transforms import Normalize
-    loader = make_loader(script, data, train=False)
-    expected = Normalize((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616))(loader.images)
-    torch.testing.assert_close(loader.normalize(loader.images), expected, rtol=0, atol=1e-6)
-
-
-def test_an_unknown_aug_key_is_an_error(script, data):
-    with pytest.raises(ValueError, match='cutout'):
-        script.CifarLoader(data, aug={'flip': True, 'cutout': 8})
-
-
-# Selection
-
-def test_a_selection_takes_effect_at_the_next_iteration(script, noise):
-    loader = make_loader(script, noise, batch_size=40, aug=FULL, drop_last=False)
+def test_precomputed_images_have_no_graph(script, data):
+    loader = make_loader(script, data, batch_size=100, aug=FULL)
     batches(loader, epochs=1)
-    select(loader, loader.labels % 3 == 0)
-    assert len(loader) == 3
-    assert sorted(torch.cat([labels for _, labels in loader]).tolist()) == list(range(0, 300, 3))
-
-
-def test_selected_images_keep_their_labels(script, noise):
-    loader = make_loader(script, noise, batch_size=25, aug=FULL)
-    originals = loader.normalize(loader.images)
-    select(loader, loader.labels >= 250)
-    for images, labels in batches(loader, epochs=2):
-        assert None not in map(placement, images, originals[labels])
-
-
-@pytest.mark.parametrize('name', ['images', 'labels'])
-def test_a_selection_of_images_or_labels_alone_is_an_error(name, script, noise):
-    loader = make_loader(script, noise)
-    setattr(loader, name, getattr(loader, name)[:100])
-    with pytest.raises(ValueError, match='labels'):
-        next(iter(loader))
-
-
-# Functions
-
-def test_batch_crop_is_slicing(script):
-    torch.manual_seed(1)
-    images, offsets, index = torch.randn(9, 3, 14, 12), torch.randint(5, (9, 2)), torch.tensor([8, 0, 3, 3])
-    expected = torch.stack([images[i, :, row:row + 8, column:column + 8]
-                            for i, (row, column) in zip(index, offsets[index])])
-    assert torch.equal(script.batch_crop(images, 8, offsets, index), expected)
-
-
-def test_batch_flip_lr_mirrors_an_image_or_leaves_it(script):
-    torch.manual_seed(1)
-    images = torch.randn(200, 3, 4, 4)
-    flipped = script.batch_flip_lr(images)
-    same, mirrored = (list(map(torch.equal, flipped, other)) for other in (images, images.flip(-1)))
-    assert same == [not was_mirrored for was_mirrored in mirrored] and 70 < sum(mirrored) < 130
+    assert not any(value.requires_grad for value in loader.proc_images.values())

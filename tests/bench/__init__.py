@@ -1,0 +1,1 @@
+"""Compares training scripts run by run: `python tests/bench run | show | speed` (see README.md)."""

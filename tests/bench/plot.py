@@ -1,0 +1,154 @@
+"""Figures of logs, for a column of a paper: panels 3.3 inches wide, readable in grey."""
+
+import io
+import os
+
+import matplotlib
+import numpy as np
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+from bench import stats
+from bench.errors import UserError, one_line
+from bench.report import describe_data, percent
+
+PANEL = (3.3, 2.4)  # inches
+STYLE = {'font.size': 8, 'axes.titlesize': 8, 'legend.fontsize': 8, 'lines.linewidth': 1.0}
+LINES = ('-', '--', '-.', ':')
+MARKERS = ('o', 's', '^', 'D', 'v', 'P', 'X', '*')
+FEW_RUNS = 6  # so many can be told apart by their lines and named in a legend
+
+
+class Drawing(Figure):
+    """A Figure that a notebook shows, whatever its backend."""
+
+    def _repr_png_(self) -> bytes:
+        buffer = io.BytesIO()
+        self.savefig(buffer, format='png', dpi=100)
+        return buffer.getvalue()
+
+
+def check_suffix(path: str):
+    """Raises UserError where matplotlib cannot write such a file."""
+    kinds = sorted(Figure().canvas.get_supported_filetypes())
+    if os.path.splitext(path)[1].lower().lstrip('.') not in kinds:
+        raise UserError(f'--plot {one_line(path)}: its suffix must be one of {", ".join(kinds)}')
+
+
+def curve(run: dict, key: str, scale: float = 1.0) -> tuple[list, list]:
+    """Epochs and values of a run's rows, without those that have no value."""
+    rows = [row for row in run.get('epochs', []) if row.get(key) is not None]
+    return [row['epoch'] for row in rows], [scale * row[key] for row in rows]
+
+
+def panels_of(runs: list[dict]) -> list[tuple]:
+    """(key, scale, label) of what the epochs of some runs can show: no empty panels."""
+    kinds = [('train_loss', 1.0, 'training loss'), ('test_acc', 100.0, 'test accuracy (%)')]
+    return [kind for kind in kinds if any(curve(run, kind[0])[0] for run in runs)]
+
+
+def shades(n: int):
+    """n colours from dark to light, which differ in grey too."""
+    return matplotlib.colormaps['viridis'](np.linspace(0, 0.85, n))
+
+
+def short(name: str, width: int = 34) -> str:
+    """A name that fits over a panel."""
+    return name if len(name) <= width else f'{name[: width - 3]}...'
+
+
+def draw_runs(axes, runs: list[dict], kind: tuple):
+    """Each run as a line; in the panel of accuracies its TTA accuracy as the end point."""
+    key, scale, label = kind
+    by_accuracy = sorted(runs, key=lambda run: run['tta_acc'])
+    named = by_accuracy if len(runs) <= FEW_RUNS else [by_accuracy[0], by_accuracy[-1]]
+    for i, (run, shade) in enumerate(zip(by_accuracy, shades(len(runs)), strict=True)):
+        epochs, values = curve(run, key, scale)
+        text = f'run {run.get("run", "?")}: {run["tta_acc"]:.2%} TTA' if run in named else None
+        axes.plot(epochs, values, LINES[i % 4], color=shade, label=text)
+        if key == 'test_acc' and epochs:
+            end, tta = epochs[-1] + 0.5, 100 * run['tta_acc']
+            axes.plot(
+                [epochs[-1], end], [values[-1], tta], ':', color=shade, marker=MARKERS[i % 8], ms=4
+            )
+    finish_panel(axes, label)
+
+
+def draw_band(axes, arms: dict, kind: tuple):
+    """Each arm's mean as a line, and the range of its runs as a band."""
+    key, scale, label = kind
+    for i, ((name, runs), shade) in enumerate(zip(arms.items(), shades(len(arms)), strict=True)):
+        by_epoch = {}
+        for run in runs:
+            for epoch, value in zip(*curve(run, key, scale), strict=True):
+                by_epoch.setdefault(epoch, []).append(value)
+        epochs = sorted(by_epoch)
+        values = [by_epoch[epoch] for epoch in epochs]
+        style = {'color': shade, 'marker': MARKERS[i % 8], 'ms': 3}
+        axes.plot(epochs, [np.mean(x) for x in values], LINES[i % 4], label=short(name), **style)
+        axes.fill_between(
+            epochs, [min(x) for x in values], [max(x) for x in values], color=shade, alpha=0.2
+        )
+    finish_panel(axes, label)
+
+
+def finish_panel(axes, label: str):
+    axes.set_xlabel('epoch')
+    axes.set_ylabel(label)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.grid(alpha=0.3)
+    if axes.get_legend_handles_labels()[0]:
+        axes.legend(loc='best', frameon=False)
+
+
+def draw_dots(axes, arms: dict, target: float):
+    """The TTA accuracy of every run as a dot, the mean of each arm with its 95% interval beside."""
+    for i, ((_, runs), shade) in enumerate(zip(arms.items(), shades(len(arms)), strict=True)):
+        accuracies = percent(runs)
+        spread = np.random.default_rng(i).uniform(-0.12, 0.12, len(runs))  # dots that overlap less
+        axes.plot(i + spread, accuracies, MARKERS[i % 8], color=shade, ms=4, alpha=0.6, mew=0)
+        average = stats.mean(accuracies)
+        half = 0.0 if np.isnan(average.low) else average.half
+        axes.errorbar(i + 0.28, average.value, half, fmt='_k', capsize=4, ms=10)
+    low, high = axes.get_ylim()
+    if low <= target <= high + (high - low):
+        axes.axhline(target, color='black', linestyle=':')
+    axes.set_xlim(-0.5, len(arms) - 0.4)
+    labels = [f'{short(name, 24)}\nn = {len(runs)}' for name, runs in arms.items()]
+    turn = {'rotation': 30, 'ha': 'right'} if len(arms) > 2 else {}
+    axes.set_xticks(range(len(arms)), labels, **turn)
+    axes.set_ylabel('TTA accuracy (%)')
+    axes.grid(axis='y', alpha=0.3)
+    axes.set_title('Accuracy of each run; mean, 95% interval')
+
+
+def figure(arms: dict[str, list[dict]], target: float = 94.0) -> Figure:
+    """The runs of each arm (name -> records) as curves, the arms together, and a dot for every run.
+
+    A notebook shows the Figure that is returned.
+    """
+    arms = {name: runs for name, runs in arms.items() if runs}
+    panels = panels_of([run for runs in arms.values() for run in runs])
+    together = len(arms) > 1 and bool(panels)
+    columns = max(1, len(panels))
+    rows = (len(arms) if panels else 0) + together + 1
+    with matplotlib.rc_context(STYLE):
+        drawing = Drawing(figsize=(PANEL[0] * columns, PANEL[1] * rows), layout='constrained')
+        parts = drawing.subfigures(rows, 1, squeeze=False)[:, 0]
+        if panels:
+            for part, (name, runs) in zip(parts, arms.items(), strict=False):
+                part.suptitle(f'Training Flow - {short(name)} (Individual Runs)', fontsize=9)
+                for axes, kind in zip(
+                    part.subplots(1, columns, squeeze=False)[0], panels, strict=True
+                ):
+                    draw_runs(axes, runs, kind)
+        if together:
+            parts[-2].suptitle('Training Flow - mean and range', fontsize=9)
+            for axes, kind in zip(
+                parts[-2].subplots(1, columns, squeeze=False)[0], panels, strict=True
+            ):
+                draw_band(axes, arms, kind)
+        draw_dots(parts[-1].subplots(), arms, target)
+        sets = dict.fromkeys(one_line(describe_data(run)) for runs in arms.values() for run in runs)
+        parts[-1].supxlabel('Data: ' + '; '.join(sets), fontsize=8)
+    return drawing
