@@ -82,8 +82,9 @@ def read_split(path: pathlib.Path, device: torch.device | str) -> dict:
             if unfilled or sum(entry.file_size for entry in entries) > size or archive.testzip():
                 raise ValueError('its checksums or sizes are wrong')
         content = torch.load(path, map_location='cpu', weights_only=True)
-        images, labels, classes = (content[key] for key in ('images', 'labels', 'classes'))
-        if images.dtype != torch.uint8 or images.shape[1:] != (32, 32, 3) or images.is_meta:
+        images, labels = (torch.from_numpy(content[key].numpy()) for key in ('images', 'labels'))
+        classes = list(map(str, content['classes']))
+        if images.dtype != torch.uint8 or images.shape[1:] != (32, 32, 3):
             raise ValueError(f'not uint8 [N, 32, 32, 3]: images {images.dtype} {images.shape}')
         odd = (
             images.numel() > size or labels.shape != images.shape[:1] or labels.is_floating_point()
@@ -139,8 +140,8 @@ def synthetic_data(device: torch.device | str, train: int = 50000, test: int = 1
     for split, n in (('train', train), ('test', test)):
         labels = torch.randint(10, (n,), generator=rng)
         contrast = 40 * torch.rand(n, 1, 1, 1, generator=rng)
-        images = torch.randn(n, 3, 32, 32, generator=rng) * 40 + patterns[labels] * contrast + 128
-        images = images.clamp_(0, 255).byte().permute(0, 2, 3, 1).contiguous().to(device)
+        x = torch.randn(n, 3, 32, 32, generator=rng).mul_(40).addcmul_(patterns[labels], contrast)
+        images = x.add_(128).clamp_(0, 255).byte().permute(0, 2, 3, 1).contiguous().to(device)
         data[split] = {'images': images, 'labels': labels.to(device), 'classes': [*'abcdefghij']}
     return data
 
@@ -402,7 +403,7 @@ def infer(net, loader: CifarLoader, tta_level: int = 0, tta_share: float = 1.0) 
 
     images = loader.proc_images['norm']
     with autocast(images.device):
-        logits = predict(images, tta_level if tta_share == 1 else 0)
+        logits = predict(images, 0 if tta_share < 1 else tta_level)
         if tta_share < 1:
             best, second = logits.topk(2).values.unbind(1)
             count = math.ceil(tta_share * len(images) / loader.batch_size) * loader.batch_size
@@ -444,8 +445,8 @@ class Training:
         self.opt, self.net, self.optimizer = hyp['opt'], net, optimizer
         self.loader = CifarLoader(data, True, self.opt['batch_size'], hyp['aug'], device=device)
         self.step, self.total_steps = 0, math.ceil(len(self.loader) * self.opt['train_epochs'])
-        if not self.total_steps:
-            raise UserError(f'opt.batch_size={self.opt["batch_size"]} is more than all images')
+        if self.total_steps < 1:
+            raise UserError('opt.batch_size and opt.train_epochs leave no step to make')
         net.init_whitening(self.loader.normalize(self.loader.images[:5000]))
         self.lookahead = LookaheadState(net)
         factor = functools.partial(lr_factor, total_steps=self.total_steps)
@@ -528,8 +529,8 @@ def train(
     record['tta_acc'] = (logits.argmax(1) == test_loader.labels).double().mean().item()
     record['eval_seconds'] = sum(row['eval_seconds'] for row in rows)
     record |= {f'{split}_images': len(data[split]['labels']) for split in data}
-    record |= {'classes': len(test_loader.classes), 'torch': torch.__version__, 'device': 'CPU'}
-    record['dtype'] = 'bfloat16 autocast' if CPU_HAS_BFLOAT16 else 'float32'
+    record |= {'classes': len(test_loader.classes), 'torch': str(torch.__version__)}
+    record |= {'device': 'CPU', 'dtype': 'bfloat16 autocast' if CPU_HAS_BFLOAT16 else 'float32'}
     if device.type == 'cuda':
         record |= {'device': torch.cuda.get_device_name(device), 'dtype': 'float16'}
         record['peak_bytes'] = torch.cuda.max_memory_allocated(device)
@@ -613,9 +614,8 @@ class Runs(list):
 
 
 def warm_up(data: dict, hyp: dict, device: torch.device, net=None) -> tuple[dict, float]:
-    """Make a run of one step per epoch, off the clock, until its time has settled: every kind of
-    step and evaluation is compiled and gets its kernels, and a GPU leaves its idle clock.
-    Returns its record, and the seconds that a run on all images will take, roughly."""
+    """Make runs of one step per epoch, off the clock, until their time has settled: all is compiled,
+    kernels are chosen, a GPU is awake. Returns a record, and roughly the seconds of a whole run."""
     hyp, test_batch, few = copy.deepcopy(hyp), EVAL_BATCH[device.type], {}
     if device.type == 'cpu' and net is None:  # no kernels to choose: be quick
         hyp['opt']['batch_size'] = min(128, hyp['opt']['batch_size'])
@@ -678,7 +678,7 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     add('--save', metavar='FILE', help='keep the network of the last run')
     add('--synthetic', action='store_true', help='made-up images, no download')
     args, unknown = parser.parse_known_args(argv)
-    changed_hyp(unknown)  # no option: perhaps a hyperparameter is meant
+    args.hyp += unknown  # no options: perhaps hyperparameters
     if min(args.trials, args.runs) < 1 or (args.seed or 0) < 0:
         raise UserError('--trials and --runs must be at least 1, --seed at least 0')
     if not 1 < args.target <= 100:
@@ -756,7 +756,7 @@ def explain(error: Exception, hyp_given: bool) -> str | None:
         return f'out of memory in the {phase}'
     if type(error).__module__.startswith(('torch._dynamo', 'torch._inductor')):
         return f'--compile failed: {text[:300]}'
-    if hyp_given and isinstance(error, (ArithmeticError, ValueError, RuntimeError)):
+    if hyp_given and not isinstance(error, AssertionError):
         return f'these hyperparameters fail: {type(error).__name__}: {text[:300]}'
     return None
 

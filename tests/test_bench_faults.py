@@ -73,7 +73,7 @@ def on_disk(log):
 # ---------------------------------------- Kills ----------------------------------------
 
 
-@times(3, 100)
+@times(2, 100)
 def test_killed_at_random_moments_it_loses_no_row_and_ends_in_the_same_table(
     n, tmp_path, monkeypatch, capsys
 ):
