@@ -626,7 +626,7 @@ class Runs(list):
 
 
 def warm_up(data: dict, hyp: dict, device: torch.device, net=None) -> tuple[dict, float]:
-    """Make runs of one step per epoch, off the clock, until their time has settled: all is compiled,
+    """Make runs of one step per epoch, off the clock, until their time settles: all is compiled,
     kernels are chosen, a GPU is awake. Returns a record, and roughly the seconds of a whole run."""
     hyp, test_batch, few = copy.deepcopy(hyp), EVAL_BATCH[device.type], {}
     if device.type == 'cpu' and net is None:  # no kernels to choose: be quick
