@@ -264,10 +264,9 @@ def test_unknown_hyperparameter_lists_the_known_ones(call, baseline):
     assert all(key in message for key in baseline.flatten(baseline.hyp))
 
 
-@pytest.mark.xfail(strict=True, reason='checked, then dropped: trains with the default lr')
 def test_hyperparameter_without_hyp_is_not_dropped(call, short, tmp_path):
-    result = call('opt.lr=3', *short)
-    assert result.status == 2 or log_of(tmp_path).runs[0]['hyp']['opt.lr'] == 3
+    call('opt.lr=3', *short)
+    assert log_of(tmp_path).runs[0]['hyp']['opt.lr'] == 3
 
 
 def test_batch_size_over_the_training_set(call, short):

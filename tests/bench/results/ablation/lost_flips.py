@@ -8,7 +8,6 @@ ConvGroups, fewer epochs with a larger batch and lr, and the data pipeline.
     python airbench94_modified.py --compile                      through torch.compile
     python airbench94_modified.py --hyp opt.lr=9 --save net.pt   another lr; keep the network
     python tests/bench run airbench94_modified.py mine.py        is an edited copy better?
-
 Or paste the whole file into one notebook cell. What follows `Trials` only serves the command line.
 """
 
@@ -92,15 +91,15 @@ def read_split(path: pathlib.Path, device: torch.device | str) -> dict:
             if unfilled or sum(entry.file_size for entry in entries) > size or archive.testzip():
                 raise ValueError('its checksums or sizes are wrong')
         content = torch.load(path, map_location='cpu', weights_only=True)
-        images, labels, classes = (content[key] for key in ('images', 'labels', 'classes'))
-        if images.dtype != torch.uint8 or images.shape[1:] != (32, 32, 3) or images.is_meta:
+        images, labels = (torch.from_numpy(content[key].numpy()) for key in ('images', 'labels'))
+        classes = list(map(str, content['classes']))
+        if images.dtype != torch.uint8 or images.shape[1:] != (32, 32, 3):
             raise ValueError(f'not uint8 [N, 32, 32, 3]: images {images.dtype} {images.shape}')
-        if images.numel() > size or labels.shape != images.shape[:1] or labels.is_floating_point():
-            raise ValueError(f'labels are not {len(images)} integers, one for each image it holds')
-        if labels.min() < 0 or labels.max() >= len(classes):
-            raise ValueError(
-                f'labels are not from 0 to {len(classes) - 1}, the last of its classes'
-            )
+        odd = (
+            images.numel() > size or labels.shape != images.shape[:1] or labels.is_floating_point()
+        )
+        if odd or labels.min() < 0 or labels.max() >= len(classes):
+            raise ValueError(f'labels are not [{len(images)}] integers below {len(classes)}')
     except Exception as error:  # a damaged file fails anywhere, with any type
         reason = f'no {error}' if isinstance(error, KeyError) else str(error).split('\n')[0]
         advice = 'If it is not your own, delete it, and CIFAR-10 is downloaded again'
@@ -150,9 +149,8 @@ def synthetic_data(device: torch.device | str, train: int = 50000, test: int = 1
     for split, n in (('train', train), ('test', test)):
         labels = torch.randint(10, (n,), generator=rng)
         contrast = 40 * torch.rand(n, 1, 1, 1, generator=rng)
-        images = torch.randn(n, 3, 32, 32, generator=rng).mul_(40)
-        images = images.addcmul_(patterns[labels], contrast).add_(128).clamp_(0, 255).byte()
-        images = images.permute(0, 2, 3, 1).contiguous().to(device)
+        x = torch.randn(n, 3, 32, 32, generator=rng).mul_(40).addcmul_(patterns[labels], contrast)
+        images = x.add_(128).clamp_(0, 255).byte().permute(0, 2, 3, 1).contiguous().to(device)
         data[split] = {'images': images, 'labels': labels.to(device), 'classes': [*'abcdefghij']}
     return data
 
@@ -188,7 +186,7 @@ class CifarLoader:
         data = path if isinstance(path, dict) else load_data(path, device)
         split = data['train' if train else 'test']
         device = split['images'].device if device is None else torch.device(device)
-        # Change 4: all of it on the device and of its final type before the training.
+        # Change 4: all of it is on the device and of its final type before the training.
         images = split['images'].to(device, non_blocking=True).permute(0, 3, 1, 2)  # channels_last
         self.images = images.to(DTYPE[device.type]).div_(255)
         self.labels = split['labels'].to(device, torch.long, non_blocking=True)
@@ -214,7 +212,6 @@ class CifarLoader:
         images = self.proc_images['norm'] = self.normalize(self.images)
         if self.aug['flip']:
             images = self.proc_images['flip'] = batch_flip_lr(images)
-        # The report padded 'norm' here, and so lost the random half of the flips.
         if self.aug['translate']:
             padded = F.pad(self.proc_images['norm'], (self.aug['translate'],) * 4, 'reflect')
             self.proc_images['pad'] = padded.contiguous(memory_format=torch.channels_last)
@@ -305,8 +302,7 @@ class CifarNet(nn.Module):
         self.whiten.weight.copy_(torch.cat((filters, -filters)))
 
     def forward(self, images: torch.Tensor, whiten_bias_grad: bool = True) -> torch.Tensor:
-        """whiten_bias_grad: whether the whitening bias is trained."""
-        # A flag, as --compile would compile a changed requires_grad anew in every run.
+        # whiten_bias_grad is a flag, as a changed requires_grad would be compiled in every run.
         bias = self.whiten.bias if whiten_bias_grad else self.whiten.bias.detach()
         x = F.gelu(F.conv2d(images, self.whiten.weight, bias))
         x = self.groups(x)
@@ -327,8 +323,17 @@ def make_net(hyp: dict, device: torch.device | str = 'cpu', num_classes: int = 1
 
 def compile_net(net: nn.Module) -> nn.Module:
     """Compile a network in place, once for all runs that are given it. Returns it."""
+    from torch._inductor import compile_fx, decomposition  # here, as it takes a second
+
+    # Inductor's backward of max-pooling is slow: float32, atomics (PyTorch issue 195123).
+    table = dict(decomposition.select_decomp_table())
+    table.pop(torch.ops.aten.max_pool2d_with_indices_backward.default, None)
+    # BatchNorm and GELU are computed again where they are read, not stored in float32.
+    config = {'realize_reads_threshold': 8, 'realize_opcount_threshold': 100}
+    backend = functools.partial(compile_fx.compile_fx, decompositions=table, config_patches=config)
+    torch.compiler.reset()  # forgets the networks of earlier calls
     torch._dynamo.config.cache_size_limit = 64  # kinds of batches; what exceeds it would run eager
-    net.compile(dynamic=False)
+    net.compile(backend=backend, dynamic=False)
     return net
 
 
@@ -410,7 +415,7 @@ def infer(net, loader: CifarLoader, tta_level: int = 0, tta_share: float = 1.0) 
 
     images = loader.proc_images['norm']
     with autocast(images.device):
-        logits = predict(images, tta_level if tta_share == 1 else 0)
+        logits = predict(images, 0 if tta_share < 1 else tta_level)
         if tta_share < 1:
             best, second = logits.topk(2).values.unbind(1)
             count = math.ceil(tta_share * len(images) / loader.batch_size) * loader.batch_size
@@ -421,8 +426,8 @@ def infer(net, loader: CifarLoader, tta_level: int = 0, tta_share: float = 1.0) 
 
 def evaluate(net, loader: CifarLoader, tta_level: int = 0, tta_share: float = 1.0) -> float:
     """Accuracy in [0, 1] of `infer` on the loader's labels."""
-    logits = infer(net, loader, tta_level, tta_share)
-    return (logits.argmax(1) == loader.labels).double().mean().item()
+    classes = infer(net, loader, tta_level, tta_share).argmax(1)
+    return (classes == loader.labels).double().mean().item()
 
 
 # ---------------------------------------- Training ----------------------------------------
@@ -446,15 +451,14 @@ def train_step(net, optimizer, images, targets, whiten_bias_grad=True) -> tuple:
 
 
 class Training:
-    """One run between its first step and its last."""
+    """What the steps of one run need, made of the raw images. Raises UserError."""
 
     def __init__(self, data: dict, hyp: dict, net: nn.Module, optimizer, device: torch.device):
-        """Make all that the steps need of the raw images. Raises UserError."""
         self.opt, self.net, self.optimizer = hyp['opt'], net, optimizer
         self.loader = CifarLoader(data, True, self.opt['batch_size'], hyp['aug'], device=device)
         self.step, self.total_steps = 0, math.ceil(len(self.loader) * self.opt['train_epochs'])
-        if not self.total_steps:
-            raise UserError(f'opt.batch_size={self.opt["batch_size"]} is more than all images')
+        if self.total_steps < 1:
+            raise UserError('opt.batch_size and opt.train_epochs leave no step to make')
         net.init_whitening(self.loader.normalize(self.loader.images[:5000]))
         self.lookahead = LookaheadState(net)
         factor = functools.partial(lr_factor, total_steps=self.total_steps)
@@ -537,8 +541,8 @@ def train(
     record['tta_acc'] = (logits.argmax(1) == test_loader.labels).double().mean().item()
     record['eval_seconds'] = sum(row['eval_seconds'] for row in rows)
     record |= {f'{split}_images': len(data[split]['labels']) for split in data}
-    record |= {'classes': len(test_loader.classes), 'torch': torch.__version__, 'device': 'CPU'}
-    record['dtype'] = 'bfloat16 autocast' if CPU_HAS_BFLOAT16 else 'float32'
+    record |= {'classes': len(test_loader.classes), 'torch': str(torch.__version__)}
+    record |= {'device': 'CPU', 'dtype': 'bfloat16 autocast' if CPU_HAS_BFLOAT16 else 'float32'}
     if device.type == 'cuda':
         record |= {'device': torch.cuda.get_device_name(device), 'dtype': 'float16'}
         record['peak_bytes'] = torch.cuda.max_memory_allocated(device)
@@ -552,14 +556,12 @@ TRIAL_ROW = '{!s:7} {:>12} {:>10}  {:16} {:>5} {:>7} {:>9}'
 
 
 def duration(seconds: float, digits: int = 0) -> str:
-    """114.5451, 3 -> '1m 54.545s'"""
     minutes, seconds = divmod(round(seconds, digits), 60)
     return f'{minutes:.0f}m {seconds:0{digits + 3 if digits else 2}.{digits}f}s'
 
 
 def diverged(runs: list[dict]) -> list[dict]:
-    """Runs with a loss that is not finite, with equal logits for every image in the end, or more
-    than 10 points under the median of at least three."""
+    """Runs with a loss that is not finite, that end dead, or 10 points under the median of 3."""
     found, accuracies = [], [run['tta_acc'] for run in runs]
     floor = np.median(accuracies) - 0.1 - 1e-9 if len(runs) >= 3 else -1
     for run in runs:
@@ -624,14 +626,13 @@ class Runs(list):
 
 
 def warm_up(data: dict, hyp: dict, device: torch.device, net=None) -> tuple[dict, float]:
-    """Make a run of one step per epoch, off the clock, until its time has settled: every kind of
-    step and evaluation is compiled and gets its kernels, and a GPU leaves its idle clock.
-    Returns its record, and the seconds that a run on all images will take, roughly."""
+    """Make runs of one step per epoch, off the clock, until their time settles: all is compiled,
+    kernels are chosen, a GPU is awake. Returns a record, and roughly the seconds of a whole run."""
     hyp, test_batch, few = copy.deepcopy(hyp), EVAL_BATCH[device.type], {}
     if device.type == 'cpu' and net is None:  # no kernels to choose: be quick
         hyp['opt']['batch_size'] = min(128, hyp['opt']['batch_size'])
-    last_batch = len(data['test']['labels']) % test_batch
-    for split, n in ('train', hyp['opt']['batch_size']), ('test', test_batch + last_batch):
+    last = len(data['test']['labels']) % test_batch  # the size of the last batch
+    for split, n in ('train', hyp['opt']['batch_size']), ('test', test_batch + last):
         images, labels = data[split]['images'][:n], data[split]['labels'][:n]
         few[split] = {**data[split], 'images': images, 'labels': labels}
     start, fastest, settled = time.perf_counter(), math.inf, False
@@ -677,8 +678,8 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     add('--runs', metavar='N', type=int, default=1, help='trainings in a trial (1)')
     add('--seed', metavar='S', type=int, help='of all runs (drawn and printed)')
     gpus = ['cuda', *(f'cuda:{i}' for i in range(torch.cuda.device_count()))]
-    devices = ['cpu', *gpus] if torch.cuda.is_available() else ['cpu']
-    add('--device', choices=['auto', *devices], default='auto', help='a GPU if there is one')
+    devices = ['auto', 'cpu', *gpus] if torch.cuda.is_available() else ['auto', 'cpu']
+    add('--device', choices=devices, default='auto', help='a GPU if there is one (auto)')
     add('--compile', action='store_true', help='minutes more of warm-up, then faster')
     add('--recipe', choices=RECIPES, default='report', help='a set of changes to hyp (report)')
     add('--hyp', metavar='KEY=VALUE', nargs='+', action='extend', default=[], help='opt.lr=9 ...')
@@ -689,14 +690,14 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     add('--save', metavar='FILE', help='keep the network of the last run')
     add('--synthetic', action='store_true', help='made-up images, no download')
     args, unknown = parser.parse_known_args(argv)
-    changed_hyp(unknown)  # no option: perhaps a hyperparameter is meant
+    args.hyp += unknown  # no options: perhaps hyperparameters
     if min(args.trials, args.runs) < 1 or (args.seed or 0) < 0:
         raise UserError('--trials and --runs must be at least 1, --seed at least 0')
     if not 1 < args.target <= 100:
         raise UserError(f'--target {args.target:g}: it is in percent, like 94')
     if args.save and not os.access(pathlib.Path(args.save).absolute().parent, os.W_OK):
         raise UserError(f'--save {args.save}: its folder cannot be written to')
-    args.device = devices[:2][-1] if args.device == 'auto' else args.device
+    args.device = (devices[2:] + ['cpu'])[0] if args.device == 'auto' else args.device
     args.changes = [f'{key}={value}' for key, value in RECIPES[args.recipe].items()] + args.hyp
     return args
 
@@ -705,9 +706,9 @@ def run_trials(args: argparse.Namespace, runs: Runs):
     """Make all runs: show them, log them, add their records to runs. Raises UserError."""
     hyp = changed_hyp(args.changes)
     data = synthetic_data(args.device) if args.synthetic else load_data(args.data_dir, args.device)
-    device, batch_size = data['train']['images'].device, hyp['opt']['batch_size']
-    if batch_size > len(data['train']['labels']):
-        raise UserError(f'opt.batch_size={batch_size} is more than there are images')
+    device = data['train']['images'].device
+    if hyp['opt']['batch_size'] > len(data['train']['labels']):
+        raise UserError('opt.batch_size is more than there are training images')
     seed = int.from_bytes(os.urandom(4), 'big') if args.seed is None else args.seed
     cells = globals().get('In', [])[1:]  # of a notebook: all that ran
     code = '\n\n# %%\n'.join(cells) if IN_NOTEBOOK else pathlib.Path(__file__).read_text('utf-8')
@@ -716,8 +717,7 @@ def run_trials(args: argparse.Namespace, runs: Runs):
     folder.mkdir(parents=True)
     (folder / 'code.py').write_text(code, 'utf-8')
     options = [f'--recipe {args.recipe}', *args.hyp, *['--compile'] * args.compile]
-    print(f'{NAME}: {" ".join(options)}, seed {seed}')
-    print('Warming up', flush=True)
+    print(f'{NAME}: {" ".join(options)}, seed {seed}\nWarming up', flush=True)
     start, net = time.perf_counter(), None
     if args.compile:
         net = compile_net(make_net(hyp, device, len(data['train']['classes'])))
@@ -768,14 +768,13 @@ def explain(error: Exception, hyp_given: bool) -> str | None:
         return f'out of memory in the {phase}'
     if type(error).__module__.startswith(('torch._dynamo', 'torch._inductor')):
         return f'--compile failed: {text[:300]}'
-    if hyp_given and isinstance(error, (ArithmeticError, ValueError, RuntimeError)):
+    if hyp_given and not isinstance(error, AssertionError):
         return f'these hyperparameters fail: {type(error).__name__}: {text[:300]}'
     return None
 
 
 def main(argv: list[str] | None = None) -> Runs:
-    """The command line (in a notebook: no options). Returns the finished runs. Where it fails, it
-    ends the process with status 2 before the first run, 1 later, 130 after Ctrl-C."""
+    """The command line. Returns the finished runs; ends the process where it fails (README)."""
     runs, args = Runs(), None
     try:
         args = parse_args(sys.argv[1:] * (not IN_NOTEBOOK) if argv is None else argv)

@@ -1,0 +1,127 @@
+"""Every fenced block of a README runs as it stands.
+
+The ```python blocks run in their order in one process, in a folder with a small ./cifar10 and the
+scripts importable. Commands in ```bash blocks are checked by their parsers. Those with --synthetic
+are also started as they stand: in the ordinary suite until the first epoch begins, in the campaign
+to their end.
+"""
+
+import glob
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT, SCRIPTS, environment, live
+
+READMES = ['README.md', 'tests/README.md', 'tests/bench/README.md']
+KNOWN = ('python', 'torchrun', 'pip', 'cp', 'git', 'cd')  # what a block may begin a line with
+
+
+def blocks(readme, language):
+    """The fenced blocks of a language in a README."""
+    path = ROOT / readme
+    text = path.read_text() if path.exists() else ''
+    return re.findall(rf'^```{language}\n(.*?)^```$', text, re.M | re.S)
+
+
+def commands(readme):
+    """The words of each command in the bash blocks: lines, without comments, split at &&."""
+    for block in blocks(readme, 'bash'):
+        for line in block.replace('\\\n', ' ').splitlines():
+            words = shlex.split(line, comments=True)
+            while '&&' in words:
+                yield words[: words.index('&&')]
+                words = words[words.index('&&') + 1 :]
+            if words:
+                yield words
+
+
+COMMANDS = [words for readme in READMES for words in commands(readme)]
+TRAINING = [words for words in COMMANDS if re.search(r'\bairbench94_\w+\.py$', ' '.join(words[:2]))]
+TOOL = [words for words in COMMANDS if 'tests/bench' in words[:3]]
+SYNTHETIC = [words for words in TRAINING + TOOL if '--synthetic' in words]
+
+
+def ids(words):
+    return ' '.join(words)[:70]
+
+
+@pytest.fixture
+def folder(data_dir, tmp_path):
+    """What a fresh clone has at its top, and small images in ./cifar10."""
+    for name in SCRIPTS:
+        shutil.copy(ROOT / f'{name}.py', tmp_path)
+        shutil.copy(ROOT / f'{name}.py', tmp_path / 'mine.py')  # an edited copy
+    (tmp_path / 'tests').symlink_to(ROOT / 'tests')
+    shutil.copytree(data_dir, tmp_path / 'cifar10')
+    return tmp_path
+
+
+def test_readme_has_blocks_of_both_kinds_and_the_documented_commands():
+    assert blocks('README.md', 'python') and TRAINING and TOOL and SYNTHETIC
+    assert not [words for words in COMMANDS if words[0] not in KNOWN]
+
+
+# The scripts' own hyp would train a whole network for minutes: a narrow one takes its place.
+NARROW = """
+for script in airbench94_baseline, airbench94_modified:
+    for key, value in ('train_epochs', 1.0), ('batch_size', 64):
+        script.hyp['opt'][key] = value
+    script.hyp['net']['widths'] = dict.fromkeys(('block1', 'block2', 'block3'), 8)
+    for recipe in script.RECIPES.values():
+        for key in {'opt.train_epochs', 'opt.batch_size'} & {*recipe}:
+            recipe[key] = {'opt.train_epochs': 1.0, 'opt.batch_size': 64}[key]
+"""
+
+
+@pytest.mark.parametrize('readme', [name for name in READMES if blocks(name, 'python')])
+def test_python_blocks_run_in_their_order(readme, folder):
+    source = 'import airbench94_baseline, airbench94_modified\n' + NARROW
+    source += '\n'.join(blocks(readme, 'python'))
+    (folder / 'readme_blocks.py').write_text(source)
+    process = subprocess.run(
+        [sys.executable, 'readme_blocks.py'],
+        cwd=folder,
+        env=environment(),
+        capture_output=True,
+        text=True,
+    )
+    assert process.returncode == 0, process.stderr
+
+
+@pytest.mark.parametrize('words', TRAINING, ids=ids)
+def test_options_of_the_scripts_are_known(words, baseline, modified, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    script = {'airbench94_baseline.py': baseline, 'airbench94_modified.py': modified}[words[1]]
+    args = script.parse_args(words[2:])
+    assert script.changed_hyp(args.changes)
+
+
+@pytest.mark.parametrize('words', TOOL, ids=ids)
+def test_options_of_the_tool_are_known(words, folder, monkeypatch):
+    monkeypatch.chdir(folder)
+    from bench import cli
+
+    options = words[words.index('tests/bench') + 1 :]
+    assert options[0] in ('run', 'show', 'speed')
+    for option in [word for word in options if word.startswith('--')]:
+        with pytest.raises(SystemExit) as end:  # unknown options end with 2, --help with 0
+            cli.main([options[0], option, '--help'])
+        assert not end.value.code, option
+    scripts = [glob.escape(word.partition(':')[0]) for word in options if '.py' in word]
+    assert all(glob.glob(name) for name in scripts)
+
+
+@pytest.mark.parametrize('words', SYNTHETIC, ids=ids)
+@pytest.mark.parametrize('whole', [False, pytest.param(True, marks=pytest.mark.campaign)])
+def test_commands_without_data_run(words, whole, folder):
+    words = [sys.executable if word == 'python' else word for word in words]
+    with live(folder, words) as process:
+        for line in process.stdout:
+            if not whole and re.match(' *trial +run|.*epoch', line):
+                return
+        process.wait()
+    assert whole and process.returncode == 0
