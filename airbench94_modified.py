@@ -39,13 +39,13 @@ hyp = {
     'opt': {
         'train_epochs': 8.0,  # may be fractional
         'batch_size': 1536,
-        'lr': 17.25,  # per 1024 examples: the loss is a sum, so a larger batch makes larger steps
+        'lr': 17.25,  # per 1024 examples; the loss is a sum: larger batches make larger steps
         'momentum': 0.85,  # Nesterov
         'weight_decay': 0.0153,  # per 1024 examples, decoupled from the lr
         'bias_scaler': 64.0,  # multiplies the lr (not the weight decay) of the BatchNorm biases
         'label_smoothing': 0.2,
         'whiten_bias_epochs': 3,  # the whitening bias trains for this many epochs, then freezes
-        'small_sizes': [],  # [16, 24]: one epoch on images of 16 pixels, one of 24, then all of 32
+        'small_sizes': [],  # [16, 24]: first epoch on 16x16 images, second on 24x24, rest on 32x32
     },
     'aug': {'flip': True, 'translate': 2},  # alternating mirror; crops after padding by 2 pixels
     'net': {
@@ -53,7 +53,7 @@ hyp = {
         'batchnorm_momentum': 0.6,  # share of the OLD running statistic that is kept
         'scaling_factor': 1 / 9,  # multiplies the logits
         'tta_level': 2,  # test-time augmentation: 0 none, 1 mirror, 2 mirror and shift
-        'tta_share': 1.0,  # of the test images, the least certain, that get it
+        'tta_share': 1.0,  # share of the test images that get it, the least certain first
     },
 }
 RECIPES = {  # name -> differences from hyp
@@ -87,18 +87,17 @@ def read_split(path: pathlib.Path, device: torch.device | str) -> dict:
     try:
         with zipfile.ZipFile(path) as archive:  # torch.load looks at no sums, sizes or flags
             entries, size = archive.infolist(), path.stat().st_size
-            unfilled = any(entry.external_attr & 0x10 for entry in entries)  # marked as a folder
-            if unfilled or sum(entry.file_size for entry in entries) > size or archive.testzip():
+            folder = any(entry.external_attr & 0x10 for entry in entries)  # its bytes go unread
+            if folder or sum(entry.file_size for entry in entries) > size or archive.testzip():
                 raise ValueError('its checksums or sizes are wrong')
         content = torch.load(path, map_location='cpu', weights_only=True)
+        # Through numpy, which refuses what is no plain tensor in memory.
         images, labels = (torch.from_numpy(content[key].numpy()) for key in ('images', 'labels'))
         classes = list(map(str, content['classes']))
-        if images.dtype != torch.uint8 or images.shape[1:] != (32, 32, 3):
+        if images.dtype != torch.uint8 or images.shape[1:] != (32, 32, 3) or images.numel() > size:
             raise ValueError(f'not uint8 [N, 32, 32, 3]: images {images.dtype} {images.shape}')
-        odd = (
-            images.numel() > size or labels.shape != images.shape[:1] or labels.is_floating_point()
-        )
-        if odd or labels.min() < 0 or labels.max() >= len(classes):
+        fit = labels.shape == images.shape[:1] and not labels.is_floating_point()
+        if not fit or labels.min() < 0 or labels.max() >= len(classes):
             raise ValueError(f'labels are not [{len(images)}] integers below {len(classes)}')
     except Exception as error:  # a damaged file fails anywhere, with any type
         reason = f'no {error}' if isinstance(error, KeyError) else str(error).split('\n')[0]
@@ -130,9 +129,8 @@ def download(data_dir: pathlib.Path, missing: list[str]):
 
 
 def load_data(data_dir: str = 'cifar10', device: torch.device | str | None = None) -> dict:
-    """Raw tensors from data_dir/train.pt and test.pt; CIFAR-10 is downloaded where one is missing.
-    Returns {'train': {'images': uint8 [N, 32, 32, 3], 'labels': int64 [N], 'classes': names},
-    'test': the same}, on the device, by default a GPU if there is one. Raises UserError."""
+    """{'train': {'images': uint8 [N, 32, 32, 3], 'labels': int64 [N], 'classes': names}, 'test': ..}
+    of data_dir/train.pt and test.pt, downloaded where missing, on a GPU if there is one."""
     device = device or ('cuda' if torch.cuda.is_available() else 'cpu')
     folder = pathlib.Path(data_dir).absolute()
     missing = [name for name in ('train.pt', 'test.pt') if not (folder / name).exists()]
@@ -186,8 +184,7 @@ class CifarLoader:
         data = path if isinstance(path, dict) else load_data(path, device)
         split = data['train' if train else 'test']
         device = split['images'].device if device is None else torch.device(device)
-        # Change 4: all of it is on the device and of its final type before the training.
-        images = split['images'].to(device, non_blocking=True).permute(0, 3, 1, 2)  # channels_last
+        images = split['images'].to(device, non_blocking=True).permute(0, 3, 1, 2)  # (change 4)
         self.images = images.to(DTYPE[device.type]).div_(255)
         self.labels = split['labels'].to(device, torch.long, non_blocking=True)
         self.classes, self.batch_size = split['classes'], batch_size
@@ -206,7 +203,7 @@ class CifarLoader:
 
     @torch.no_grad()
     def precompute(self):
-        """Fill proc_images where that has not been done: 'norm', and with aug 'flip' and 'pad'."""
+        """Fill proc_images: 'norm', and with aug 'flip' and 'pad'. Again it does nothing."""
         if self.proc_images:
             return
         images = self.proc_images['norm'] = self.normalize(self.images)
@@ -222,17 +219,16 @@ class CifarLoader:
 
     def __iter__(self):
         n, size, device = len(self.images), self.images.shape[-1], self.images.device
-        images = self.proc_images.get('flip', self.proc_images['norm'])
-        pad = self.proc_images.get('pad')
-        if self.aug['translate']:
-            offsets = torch.randint(2 * self.aug['translate'] + 1, (n, 2), device=device)
+        images = list(self.proc_images.values())[-1]  # 'pad', or without it 'flip' or 'norm'
+        if crop := self.aug['translate']:
+            offsets = torch.randint(2 * crop + 1, (n, 2), device=device)
         # On top of the random half: so in two epochs each image is seen once from either side.
         mirror = self.aug['flip'] and self.epoch % 2 == 1
         self.epoch += 1
         order = torch.randperm(n, device=device) if self.shuffle else torch.arange(n, device=device)
         for index in order.split(self.batch_size)[: len(self)]:
             # Straight from 'pad' (change 4): no epoch's worth of crops is made and mirrored first.
-            batch = images[index] if pad is None else batch_crop(pad, size, offsets, index)
+            batch = batch_crop(images, size, offsets, index) if crop else images[index]
             yield batch.flip(-1) if mirror else batch, self.labels[index]
 
 
@@ -393,24 +389,24 @@ def autocast(device: torch.device) -> torch.autocast:
 @torch.no_grad()
 def infer(net, loader: CifarLoader, tta_level: int = 0, tta_share: float = 1.0) -> torch.Tensor:
     """float32 logits [N, num_classes] of the loader's images, in their order, not augmented.
-    tta_level: 0 the image; 1 the mean of it and its mirror; 2 half of that, and a quarter each of
-    the same for the image one pixel up-left and down-right. tta_share: the part that gets this,
-    those whose two best logits are closest, in whole batches (no new shape to compile)."""
+    tta_level: 0 the image; 1 mean of it and its mirror; 2 half of that, a quarter each of the same
+    one pixel up-left and down-right. tta_share: the part of the images that gets it, those whose
+    two best logits are closest, in whole batches (no new shape to compile)."""
     net.eval()
     loader.precompute()
 
-    def predict(images, tta_level):
+    def predict(images, level):
         logits = []
         for batch in images.split(loader.batch_size):
             views = [(1.0, batch)]  # with their weights
-            if tta_level == 2:
+            if level == 2:
                 padded = F.pad(batch, (1,) * 4, 'reflect')
-                up_left, down_right = padded[:, :, :-2, :-2], padded[:, :, 2:, 2:]
-                views = [(0.5, batch), (0.25, up_left), (0.25, down_right)]
-            if tta_level >= 1:
+                first, last = padded[:, :, :-2, :-2], padded[:, :, 2:, 2:]
+                views = [(0.5, batch), (0.25, first), (0.25, last)]
+            if level >= 1:
                 views = [(w / 2, x) for w, view in views for x in (view, view.flip(-1))]
             views = [(w, x.contiguous(memory_format=torch.channels_last)) for w, x in views]
-            logits.append(sum(w * net(x, whiten_bias_grad=False).float() for w, x in views))
+            logits.append(sum(w * net(x).float() for w, x in views))
         return torch.cat(logits)
 
     images = loader.proc_images['norm']
@@ -584,11 +580,11 @@ def table(runs: list[dict], target: float) -> str:
     lines = [TRIAL_ROW.format(*head)]
     for name, some in trials.items():
         n, percent = len(some), np.array([100 * run['tta_acc'] for run in some])
-        runtime = sum(run['wall_seconds'] for run in some) / (n_trials if some is runs else 1)
+        runtime = sum(run['wall_seconds'] for run in some) / (n_trials if name == 'Average' else 1)
         cells = [name, duration(runtime, 3), f'{np.mean([x["clock_seconds"] for x in some]):.3f}s']
-        std = percent.std(ddof=1) if n > 1 else math.nan
-        error = f' +- {std / math.sqrt(n):.2f}' if n > 1 else ''  # of the mean
-        cells += [f'{percent.mean():.2f}%{error}', f'{std:.2f}'.replace('nan', '')]
+        std = percent.std(ddof=1) if n > 1 else 0.0
+        error, spread = (f' +- {std / math.sqrt(n):.2f}', f'{std:.2f}') if n > 1 else ('', '')
+        cells += [f'{percent.mean():.2f}%{error}', spread]  # error: of the mean
         cells += [f'{sum(percent.round(6) >= target)}/{n}', f'{sum(x in bad for x in some)}/{n}']
         lines.append(TRIAL_ROW.format(*cells))
     lines += [f'Diverged: trial {x["trial"]} run {x["run"]}, {x["tta_acc"]:.2%}' for x in bad]
@@ -613,8 +609,8 @@ class Runs(list):
         seconds = time.perf_counter() - self.start
         done = (len(self) + step / total_steps) / self.n_runs
         self.left = duration(seconds / done - seconds)
-        if self.moving and time.perf_counter() - self.shown > 1:  # a line that is written over
-            self.shown = time.perf_counter()
+        if self.moving and self.start + seconds - self.shown > 1:  # a line that is written over
+            self.shown = self.start + seconds
             print(f'\r  step {step} of {total_steps}, {self.left} left   ', end='', flush=True)
 
     def show_row(self, trial: int, run: int, row: dict, tta='', clock=None):
@@ -640,10 +636,11 @@ def warm_up(data: dict, hyp: dict, device: torch.device, net=None) -> tuple[dict
         record, _ = train(few, 0, hyp, device, net, quiet=True)
         settled = device.type == 'cpu' or record['clock_seconds'] > 0.97 * fastest
         fastest = min(fastest, record['clock_seconds'])
-    marks = [row['clock_seconds'] for row in record['epochs']]  # the first counts the start, too
-    steps = (marks[-1] - marks[0]) * len(marks) / (len(marks) - 1) if len(marks) > 1 else marks[0]
+    ends = [row['clock_seconds'] for row in record['epochs']]  # the first has the preparation, too
+    step = (ends[-1] - ends[0]) / (len(ends) - 1) if len(ends) > 1 else ends[0]
     scale = {split: len(data[split]['labels']) / len(few[split]['labels']) for split in data}
-    return record, steps * scale['train'] + (record['clock_seconds'] - marks[-1]) * scale['test']
+    evaluation = (record['clock_seconds'] - ends[-1]) * scale['test']
+    return record, step * len(ends) * scale['train'] + evaluation
 
 
 def changed_hyp(changes: list[str]) -> dict:
@@ -653,16 +650,17 @@ def changed_hyp(changes: list[str]) -> dict:
         key, _, text = change.partition('=')
         if key not in present:
             word = key.split('.')[-1].lstrip('-').replace('-', '_')
-            near = [f'--hyp {known}=' for known in present if word in known.split('.')[-1]]
-            hint = f'did you mean {near[0]}?' if near else f'hyp has {", ".join(present)}'
-            raise UserError(f'there is no {key}: {hint}')
+            near = [f': did you mean --hyp {x}=?' for x in present if word in x.split('.')[-1]]
+            raise UserError(f'there is no {key}{"".join(near[:1])}')
         kind = type(present[key])
         try:
             value = json.loads(text.lower()) if kind in (bool, list) else kind(text)
         except ValueError:
             value = None
         if type(value) is not kind:
-            raise UserError(f'{key}={text}: it must be a {kind.__name__}, like {present[key]}')
+            raise UserError(
+                f'{key}={text}: it must be of type {kind.__name__}, like {present[key]}'
+            )
         *groups, name = key.split('.')
         functools.reduce(dict.get, groups, changed)[name] = value
     return changed
@@ -671,14 +669,14 @@ def changed_hyp(changes: list[str]) -> dict:
 def parse_args(argv: list[str]) -> argparse.Namespace:
     """The options; among them `changes`, those of --recipe and --hyp. Raises UserError."""
 
-    style = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(f'{NAME}.py', None, __doc__, formatter_class=style)
-    parser.exit_on_error, parser.allow_abbrev, add = False, False, parser.add_argument
+    parser = argparse.ArgumentParser(f'{NAME}.py', exit_on_error=False, allow_abbrev=False)
+    parser.description, parser.formatter_class = __doc__, argparse.RawDescriptionHelpFormatter
+    add = parser.add_argument
     add('--trials', metavar='N', type=int, default=5, help='rows of the table (5)')
     add('--runs', metavar='N', type=int, default=1, help='trainings in a trial (1)')
     add('--seed', metavar='S', type=int, help='of all runs (drawn and printed)')
     gpus = ['cuda', *(f'cuda:{i}' for i in range(torch.cuda.device_count()))]
-    devices = ['auto', 'cpu', *gpus] if torch.cuda.is_available() else ['auto', 'cpu']
+    devices = [*gpus, 'cpu', 'auto'] if torch.cuda.is_available() else ['cpu', 'auto']
     add('--device', choices=devices, default='auto', help='a GPU if there is one (auto)')
     add('--compile', action='store_true', help='minutes more of warm-up, then faster')
     add('--recipe', choices=RECIPES, default='report', help='a set of changes to hyp (report)')
@@ -697,7 +695,7 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
         raise UserError(f'--target {args.target:g}: it is in percent, like 94')
     if args.save and not os.access(pathlib.Path(args.save).absolute().parent, os.W_OK):
         raise UserError(f'--save {args.save}: its folder cannot be written to')
-    args.device = (devices[2:] + ['cpu'])[0] if args.device == 'auto' else args.device
+    args.device = devices[0] if args.device == 'auto' else args.device
     args.changes = [f'{key}={value}' for key, value in RECIPES[args.recipe].items()] + args.hyp
     return args
 
@@ -716,8 +714,8 @@ def run_trials(args: argparse.Namespace, runs: Runs):
     folder = pathlib.Path(args.log_dir, stamp)
     folder.mkdir(parents=True)
     (folder / 'code.py').write_text(code, 'utf-8')
-    options = [f'--recipe {args.recipe}', *args.hyp, *['--compile'] * args.compile]
-    print(f'{NAME}: {" ".join(options)}, seed {seed}\nWarming up', flush=True)
+    options = ['--recipe', args.recipe, *args.hyp, *['--compile'] * args.compile]
+    print(NAME, *options, '--seed', seed, '\nWarming up', flush=True)
     start, net = time.perf_counter(), None
     if args.compile:
         net = compile_net(make_net(hyp, device, len(data['train']['classes'])))
@@ -727,7 +725,8 @@ def run_trials(args: argparse.Namespace, runs: Runs):
     facts['warmup_seconds'] = time.perf_counter() - start
     todo = list(itertools.product(range(1, args.trials + 1), range(1, args.runs + 1)))
     print('{device}, {dtype}, torch {torch}, data: {data}'.format(**record, **facts))
-    print(f'About {duration(seconds)} a run, {duration(seconds * len(todo))} in all', flush=True)
+    spans = map(duration, (facts['warmup_seconds'], seconds, seconds * len(todo)))
+    print('Warmed up in {}; about {} a run, {} in all'.format(*spans), flush=True)
     runs.begin(len(todo))
     try:
         for trial, run in todo:
@@ -747,7 +746,8 @@ def run_trials(args: argparse.Namespace, runs: Runs):
                 torch.save({**content, 'state_dict': net.state_dict()}, args.save)
     finally:
         if runs:
-            print(f'\n{table(runs, args.target)}\nLog: {folder}', flush=True)
+            peak = f'Peak {runs[-1]["peak_bytes"] >> 20} MiB\n' if device.type == 'cuda' else ''
+            print(f'\n{table(runs, args.target)}\n{peak}Log: {folder}', flush=True)
 
 
 def explain(error: Exception, hyp_given: bool) -> str | None:
@@ -756,7 +756,7 @@ def explain(error: Exception, hyp_given: bool) -> str | None:
     signs = 'out of memory|allocate memory|ALLOC_FAILED|ALLOCATION_FAILED|unable to find an engine'
     if isinstance(error, (UserError, argparse.ArgumentError)):
         return text
-    if isinstance(error, OSError):
+    if isinstance(error, OSError) and error.strerror:
         return f'{error.filename or "the log"}: {error.strerror}'
     if isinstance(error, MemoryError) or re.search(signs, text):
         functions = {frame.name for frame in traceback.extract_tb(error.__traceback__)}
@@ -789,7 +789,7 @@ def main(argv: list[str] | None = None) -> Runs:
         status, message = 1, 'nobody reads the output'
     except Exception as error:
         status = 2 if runs.start is None else 1
-        message = explain(error, bool(args and args.changes) and status == 2)
+        message = explain(error, bool(args and args.hyp) and status == 2)
         if message is None:
             raise
     print(f'{NAME}: {message}', file=sys.stderr)

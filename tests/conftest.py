@@ -1,4 +1,4 @@
-"""What every test file uses: both scripts as modules, small data, a network narrow enough for a CPU."""
+"""What every test file uses: both scripts as modules, small data, a narrow network."""
 
 import contextlib
 import copy
@@ -8,15 +8,18 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+from hypothesis import configuration
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = ('airbench94_baseline', 'airbench94_modified')
 sys.path.insert(0, str(ROOT))
+configuration.set_hypothesis_home_dir(Path(tempfile.gettempdir(), 'hypothesis'))
 torch.set_num_threads(1)  # the work is tiny: on a busy machine a second thread waits for its turn
 
 # A run of a second or less: 4 steps per epoch on the 256 images of `data`.
@@ -42,7 +45,7 @@ def narrow_hyp(script, **changes) -> dict:
 
 
 # ---------------------------------------- The campaign ----------------------------------------
-CAMPAIGN = 'campaign: the long form of the fault tests is left out: python -m pytest tests -m campaign'
+CAMPAIGN = 'campaign: the fault tests in their long form, with python -m pytest tests -m campaign'
 
 
 def times(short, long):
@@ -103,7 +106,7 @@ def data_dir(data, tmp_path_factory):
 # ---------------------------------------- Commands ----------------------------------------
 @pytest.fixture
 def call(baseline, tmp_path, monkeypatch, capsys):
-    """call(*args, script=baseline): main in an empty folder; what it ended with: status, out, err."""
+    """call(*args, script=baseline): main in an empty folder; its status, out, err and runs."""
     monkeypatch.chdir(tmp_path)
 
     def call(*args, script=baseline):

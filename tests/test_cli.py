@@ -20,7 +20,6 @@ from conftest import (
     NARROW,
     NARROW_ARGS,
     ROOT,
-    SCRIPTS,
     assert_refused,
     command,
     environment,
@@ -84,11 +83,11 @@ def fail_on_call(function, number, error):
 
 
 # ---------------------------------------- A whole command ----------------------------------------
-@pytest.fixture(scope='module', params=SCRIPTS)
-def whole(request, data_dir, tmp_path_factory):
-    """Two trials of two runs by an edited copy of each script: what they printed and logged."""
+@pytest.fixture(scope='module')
+def whole(data_dir, tmp_path_factory):
+    """Two trials of two runs by an edited copy of a script: what they printed and logged."""
     folder = tmp_path_factory.mktemp('whole')
-    copied = shutil.copy(ROOT / f'{request.param}.py', folder / 'mine.py')
+    copied = shutil.copy(ROOT / 'airbench94_modified.py', folder / 'mine.py')
     args = ['--data-dir', data_dir, '--trials', 2, '--runs', 2, '--seed', 5, *NARROW_ARGS]
     words = [sys.executable, 'mine.py', *map(str, args)]
     process = subprocess.run(words, cwd=folder, env=environment(), capture_output=True, text=True)
@@ -131,7 +130,12 @@ def test_log_lines_are_complete_and_the_code_is_the_source(whole):
     assert re.fullmatch(r'\d{8}T\d{6}Z-mine-\w+', whole.log.path.name)
     assert {path.name for path in whole.folder.iterdir()} == {'mine.py', 'logs'}
     assert {path.name for path in whole.log.path.iterdir()} == {'code.py', 'runs.jsonl'}
-    assert [(run['trial'], run['run']) for run in whole.log.runs] == [(1, 1), (1, 2), (2, 1), (2, 2)]
+    assert [(run['trial'], run['run']) for run in whole.log.runs] == [
+        (1, 1),
+        (1, 2),
+        (2, 1),
+        (2, 2),
+    ]
     assert len({run['seed'] for run in whole.log.runs}) == 4
     for run in whole.log.runs:
         assert set(run) >= RUN_KEYS and len(run['epochs']) == 2
@@ -156,11 +160,6 @@ def test_screen_says_what_runs_before_the_first_row(whole):
 def test_one_trial_of_one_run_has_no_average_and_no_spread(call, short):
     (row,) = table_of(call(*short).out)
     assert row['name'] == '1' and row['error'] is None and row['std'] is None
-
-
-def test_one_trial_of_two_runs_has_a_spread(call, short):
-    (row,) = table_of(call(*short, '--runs', 2).out)
-    assert row['name'] == '1' and row['error'] and row['std']
 
 
 def test_quiet_prints_one_row_per_run_without_test_accuracy(call, short, tmp_path):
@@ -192,12 +191,6 @@ def test_recipe_comes_before_hyp_and_both_are_shown(call, modified, short, tmp_p
     hyp, recipe = log_of(tmp_path).runs[0]['hyp'], modified.RECIPES['fast94']
     assert hyp['opt.small_sizes'] == recipe['opt.small_sizes'] and hyp['opt.lr'] == 7
     assert 'fast94' in result.out and 'opt.lr=7' in result.out and modified.hyp == own
-
-
-def test_hyp_may_be_repeated(call, short, tmp_path):
-    call(*short, '--hyp', 'aug.flip=false', '--hyp', 'opt.small_sizes=[24]', 'aug.translate=0')
-    hyp = log_of(tmp_path).runs[0]['hyp']
-    assert (hyp['aug.flip'], hyp['opt.small_sizes'], hyp['aug.translate']) == (False, [24], 0)
 
 
 def test_synthetic_is_said_on_the_screen_and_in_the_log(
@@ -257,11 +250,6 @@ def test_did_you_mean(args, call):
     result = call(*args.split())
     assert_refused(result)
     assert 'did you mean' in result.err and MEANT[args] in result.err
-
-
-def test_unknown_hyperparameter_lists_the_known_ones(call, baseline):
-    message = call('--hyp', 'opt.learning_rate=3').err
-    assert all(key in message for key in baseline.flatten(baseline.hyp))
 
 
 def test_hyperparameter_without_hyp_is_not_dropped(call, short, tmp_path):
@@ -357,7 +345,7 @@ def pipes(**variables):
 
 @pytest.fixture(scope='module')
 def stopped(data_dir, tmp_path_factory):
-    """A command of very many runs, stopped by Ctrl-C when the first row has come, and its log then."""
+    """A command of very many runs, stopped by Ctrl-C at its first row, and its log then."""
     folder, lines = tmp_path_factory.mktemp('stopped'), []
     with live(folder, endless(data_dir), **pipes()) as process:
         for line in process.stdout:
@@ -412,7 +400,7 @@ def test_head_of_the_rows_ends_it_without_a_traceback(data_dir, tmp_path):
     assert process.returncode == 1 and err.count('\n') == 1 and 'Traceback' not in err, err
 
 
-def test_a_terminal_gets_a_progress_line_that_rows_overwrite(script, data_dir, tmp_path):
+def test_a_terminal_gets_a_progress_line_that_rows_overwrite(data_dir, tmp_path):
     """The clock runs 100 times as fast, so that seconds pass between two steps."""
     pty = pytest.importorskip('pty')
     ours, theirs = pty.openpty()
@@ -420,7 +408,7 @@ def test_a_terminal_gets_a_progress_line_that_rows_overwrite(script, data_dir, t
     code = f"""
 import sys, time
 sys.path.insert(0, {str(ROOT)!r})
-import {script.NAME} as script
+import airbench94_modified as script
 real, script.time.perf_counter = time.perf_counter, lambda: 100 * real()
 script.main({args})"""
     with live(tmp_path, [sys.executable, '-c', code], stdout=theirs, stderr=theirs) as process:
@@ -455,9 +443,12 @@ def with_file_limit(folder, words, size):
     )
 
 
-def test_disk_that_fills_ends_with_1_and_the_table_and_the_earlier_lines_stay(data_dir, tmp_path):
+def test_disk_that_fills_ends_with_1_and_the_table_and_the_earlier_lines_stay(baseline, tmp_path):
+    for split, content in baseline.synthetic_data('cpu', train=32, test=16).items():
+        torch.save(content, tmp_path / f'{split}.pt')
     code = (ROOT / 'airbench94_modified.py').stat().st_size
-    process = with_file_limit(tmp_path, endless(data_dir, '--quiet'), code + 500)
+    long_lines = '--quiet', '--hyp', 'opt.batch_size=32', 'opt.train_epochs=40'
+    process = with_file_limit(tmp_path, endless('.', *long_lines), code + 500)
     assert process.returncode == 1 and process.stderr.count('\n') == 1, process.stderr
     assert 'too large' in process.stderr
     (log,) = (tmp_path / 'logs').iterdir()
@@ -474,7 +465,7 @@ def test_disk_too_full_for_the_code_ends_with_2(data_dir, tmp_path):
     assert 'too large' in process.stderr and not rows_of(process.stdout)
 
 
-@pytest.mark.skipif(not shutil.which('g++'), reason='without a compiler anyway')
+@pytest.mark.campaign
 def test_compile_without_a_compiler_is_one_line(run, data_dir, tmp_path):
     args = '--compile', '--data-dir', data_dir, '--trials', 1, *NARROW_ARGS
     cache = str(tmp_path / 'inductor')
@@ -564,7 +555,11 @@ def test_diverged_run_is_finished_counted_and_logged_without_nan(call, short, tm
     assert re.search('^Diverged: trial 1 run 1', result.out, re.M)
 
 
-DURATIONS = [((108.288, 3), '1m 48.288s'), ((59.9996, 3), '1m 00.000s'), ((3600.5, 3), '60m 00.500s')]
+DURATIONS = [
+    ((108.288, 3), '1m 48.288s'),
+    ((59.9996, 3), '1m 00.000s'),
+    ((3600.5, 3), '60m 00.500s'),
+]
 DURATIONS += [((59.6,), '1m 00s'), ((4.2,), '0m 04s')]
 
 

@@ -1,4 +1,5 @@
 """What only a GPU shows: half precision, memory format, no synchronization in a span, --compile, memory."""
+
 import contextlib
 
 import pytest
@@ -46,7 +47,9 @@ def test_a_seed_gives_the_same_weights_and_batches(script, gpu_data):
     def first_batch():
         torch.manual_seed(3)
         net = script.make_net('cuda')
-        return net[2].conv1.weight, next(iter(script.CifarLoader(gpu_data, aug=script.hyp['aug'])))[0]
+        return net[2].conv1.weight, next(iter(script.CifarLoader(gpu_data, aug=script.hyp['aug'])))[
+            0
+        ]
 
     (weight, batch), (same_weight, same_batch) = first_batch(), first_batch()
     assert torch.equal(weight, same_weight) and torch.equal(batch, same_batch)
@@ -112,17 +115,24 @@ def test_replayed_steps_are_the_eager_ones(script, gpu_data):
     batches = list(script.CifarLoader(gpu_data, batch_size=512, aug=script.hyp['aug']))[:5]
     for number, (images, labels) in enumerate(batches, start=1):
         losses = []
-        for one, other, make_step in ((net, optimizer, step), (eager, eager_optimizer, script.train_step)):
+        for one, other, make_step in (
+            (net, optimizer, step),
+            (eager, eager_optimizer, script.train_step),
+        ):
             one.train()
             set_rates(other, 1e-3 / number)
             losses.append(make_step(one, other, images, labels, 0.2)[0].clone())
         torch.testing.assert_close(*losses, rtol=1e-2, atol=0)
         for name, value in eager.state_dict().items():
-            torch.testing.assert_close(net.state_dict()[name], value, rtol=2e-2, atol=2e-3, msg=name)
+            torch.testing.assert_close(
+                net.state_dict()[name], value, rtol=2e-2, atol=2e-3, msg=name
+            )
         eager.load_state_dict(net.state_dict())
         for one, other in zip(net.parameters(), eager.parameters()):
             if one in optimizer.state:
-                eager_optimizer.state[other]['momentum_buffer'].copy_(optimizer.state[one]['momentum_buffer'])
+                eager_optimizer.state[other]['momentum_buffer'].copy_(
+                    optimizer.state[one]['momentum_buffer']
+                )
     assert len(engine.graphs) == 1
 
 
@@ -136,16 +146,36 @@ def test_an_engine_captures_once_for_all_runs(script, gpu_data):
         again, _ = script.train(gpu_data, 1, engine=engine, quiet=True)
         eager, _ = script.train(gpu_data, 1, quiet=True)
     assert engine.graphs == graphs and len(graphs) == 2
-    assert again['epochs'][-1]['train_loss'] == pytest.approx(first['epochs'][-1]['train_loss'], rel=0.2)
-    assert again['epochs'][-1]['train_loss'] == pytest.approx(eager['epochs'][-1]['train_loss'], rel=0.2)
+    assert again['epochs'][-1]['train_loss'] == pytest.approx(
+        first['epochs'][-1]['train_loss'], rel=0.2
+    )
+    assert again['epochs'][-1]['train_loss'] == pytest.approx(
+        eager['epochs'][-1]['train_loss'], rel=0.2
+    )
 
 
-@pytest.mark.parametrize('options', [[], ['--compile'], ['--compile', '--hyp', 'opt.small_epochs=1']])
-def test_training_learns_and_counts_its_memory(script, gpu_data, options, monkeypatch, tmp_path, capsys):
+@pytest.mark.parametrize(
+    'options', [[], ['--compile'], ['--compile', '--hyp', 'opt.small_epochs=1']]
+)
+def test_training_learns_and_counts_its_memory(
+    script, gpu_data, options, monkeypatch, tmp_path, capsys
+):
     monkeypatch.setattr(script, 'synthetic_data', lambda device: gpu_data)
     narrow = [f'{key}={value}' for key, value in {**NARROW, 'opt.batch_size': 512}.items()]
-    runs = script.main(['--synthetic', '--device', 'cuda', '--trials', '2', '--log-dir', str(tmp_path),
-                        *options, '--hyp', *narrow])
+    runs = script.main(
+        [
+            '--synthetic',
+            '--device',
+            'cuda',
+            '--trials',
+            '2',
+            '--log-dir',
+            str(tmp_path),
+            *options,
+            '--hyp',
+            *narrow,
+        ]
+    )
     assert min(run['tta_acc'] for run in runs) > 0.3
     assert 'peak memory' in capsys.readouterr().out
 
@@ -155,7 +185,7 @@ def test_full_size_run_stays_under_4_gib(script):
     torch.cuda.reset_peak_memory_stats()
     with script.overrides({'opt.train_epochs': 1.0}):
         script.train(data, seed=0)
-    assert torch.cuda.max_memory_allocated() < 4 * 2 ** 30
+    assert torch.cuda.max_memory_allocated() < 4 * 2**30
 
 
 def test_peak_memory_of_run_50_is_that_of_run_2(script, gpu_data):

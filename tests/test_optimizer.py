@@ -205,7 +205,9 @@ def bias_steps(script, data, monkeypatch):
 
 
 def test_the_frozen_whitening_bias_gets_no_gradient_momentum_or_decay(bias_steps):
-    assert [torch.equal(before, after) for before, after, *_ in bias_steps] == [False] * 4 + [True] * 8
+    assert [torch.equal(before, after) for before, after, *_ in bias_steps] == [False] * 4 + [
+        True
+    ] * 8
     assert [gradient is None for *_, gradient, _ in bias_steps] == [False] * 4 + [True] * 8
     assert all(torch.equal(momentum, bias_steps[3][3]) for *_, momentum in bias_steps[4:])
 
@@ -216,10 +218,6 @@ def test_lookahead_still_averages_the_frozen_whitening_bias(bias_steps):
         if not torch.equal(bias_steps[step - 1][1], bias_steps[step][0]):
             changed.append(step)
     assert changed == [5]  # from then on slow and fast are the same
-
-
-def test_zero_whiten_bias_epochs_freeze_it_at_zero(script, data):
-    assert not train(script, data, whiten_bias_epochs=0)[1].whiten.bias.any()
 
 
 # ---------------------------------------- Loss ----------------------------------------

@@ -1,8 +1,7 @@
-"""The scripts train as the landed code did before they were rewritten: reference.json, which says how
-it was made.
+"""The scripts train as the landed code did before the rewrite (see reference.json).
 
-One thing moved: on a CPU a batch of the evaluation holds 500 images in place of 100, and fast94's
-test-time augmentation goes to whole batches. So its tta_acc, of all 200 images now, is not compared.
+One figure moved: on a CPU a batch of the evaluation holds 500 images in place of 100, and fast94
+gives test-time augmentation to whole batches, here to all 200 images: its tta_acc is not compared.
 """
 
 import json
@@ -18,7 +17,7 @@ ACCURACY = 0.015  # 3 images of 200 may fall to the other side of a rounding err
 
 
 def marks(case):
-    """At full width a run takes ten seconds: one of them is made always, the others in the campaign."""
+    """At full width a run takes ten seconds: one is made always, the others in the campaign."""
     images, _, _, width = case.split()
     if width == 'full' and case != 'synthetic modified report full':
         yield pytest.mark.campaign

@@ -3,8 +3,8 @@
 import ast
 import difflib
 import subprocess
-import sys
 import symtable
+import sys
 
 import pytest
 from conftest import ROOT, SCRIPTS, environment
@@ -81,15 +81,6 @@ def test_every_name_is_defined_above_its_first_user(name):
 
 
 @each_script
-def test_sections_come_in_the_order_of_a_training(name):
-    names = [name_of(node) for node in ast.parse(SOURCES[name]).body]
-    order = ['hyp', 'RECIPES', 'load_data', 'batch_flip_lr', 'batch_crop', 'CifarLoader', 'Conv']
-    order += ['BatchNorm', 'ConvGroup', 'CifarNet', 'make_net', 'make_optimizer', 'lr_factor']
-    order += ['LookaheadState', 'infer', 'evaluate', 'train_step', 'train', 'main']
-    assert [name for name in names if name in order] == order
-
-
-@each_script
 def test_only_three_packages_and_the_standard_library_are_imported(name):
     modules = set()
     for node in ast.walk(ast.parse(SOURCES[name])):
@@ -102,17 +93,19 @@ def test_only_three_packages_and_the_standard_library_are_imported(name):
 
 @each_script
 def test_public_functions_and_classes_are_documented(name):
-    documented, undocumented = set(), set()
+    public = 'load_data batch_flip_lr batch_crop CifarLoader Conv BatchNorm ConvGroup CifarNet'
+    public += (
+        ' make_net make_optimizer lr_factor LookaheadState infer evaluate train_step train main'
+    )
+    documented = set()
     for node in ast.parse(SOURCES[name]).body:
-        if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
-            group = documented if ast.get_docstring(node) else undocumented
-            group.add(node.name)
-    assert not undocumented
-    assert {'load_data', 'CifarLoader', 'CifarNet', 'train', 'main'} <= documented
+        if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and ast.get_docstring(node):
+            documented.add(node.name)
+    assert documented >= {*public.split()}
 
 
 def test_no_expression_stands_for_a_statement():
-    """`x and f()`, `f() if x else g()`, `a(), b()`, `[f(x) for x in y]` are written as statements."""
+    """As `x and f()`, `f() if x else g()`, `a(), b()`, `[f(x) for x in y]`."""
     golf = (ast.BoolOp, ast.IfExp, ast.Compare, ast.Tuple, ast.ListComp, ast.Subscript)
     found = []
     for path in PYTHON_FILES:

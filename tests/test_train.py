@@ -57,12 +57,12 @@ def idle(script, monkeypatch):
 
 
 # ---------------------------------------- What a run depends on -----------------------------------
-def test_a_run_after_another_is_that_run_alone_bit_for_bit(script, data, tmp_path):
+def test_a_run_after_another_is_that_run_alone_bit_for_bit(modified, data, tmp_path):
     """In another process, on as many threads; the bias freezes after the first epoch."""
-    hyp = narrow_hyp(script, whiten_bias_epochs=1)
-    script.train(data, 1, narrow_hyp(script, momentum=0.5), 'cpu')
-    record, net = script.train(data, 2, hyp, 'cpu')
-    code = f"""import torch, {script.NAME} as script
+    hyp = narrow_hyp(modified, whiten_bias_epochs=1)
+    modified.train(data, 1, narrow_hyp(modified, momentum=0.5), 'cpu')
+    record, net = modified.train(data, 2, hyp, 'cpu')
+    code = f"""import torch, airbench94_modified as script
 record, net = script.train(script.synthetic_data('cpu', 256, 100), 2, {hyp}, 'cpu')
 torch.save((script.json.dumps(record), net.state_dict()), 'alone.pt')"""
     alone = environment(PYTHONPATH=str(ROOT))
@@ -240,23 +240,6 @@ def test_record(quiet, script, data):
     assert json.loads(json.dumps(record)) == record
     loader = script.CifarLoader(data, train=False)
     assert record['tta_acc'] == script.evaluate(net, loader, 2)
-
-
-@pytest.mark.parametrize('bfloat16', [True, False])
-def test_record_says_the_dtype_of_the_multiplications(bfloat16, script, data, monkeypatch):
-    monkeypatch.setattr(script, 'CPU_HAS_BFLOAT16', bfloat16)
-    dtypes = set()
-
-    class Spy(script.Conv):
-        def forward(self, x):
-            output = super().forward(x)
-            dtypes.add(output.dtype)
-            return output
-
-    monkeypatch.setattr(script, 'Conv', Spy)
-    record, _ = run(script, data, train_epochs=0.5)
-    assert dtypes == {torch.bfloat16 if bfloat16 else torch.float32}
-    assert ('bfloat16' in record['dtype']) == bfloat16
 
 
 def test_loss_and_training_accuracy_are_those_of_the_epochs_last_batch(idle, data):

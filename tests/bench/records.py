@@ -167,8 +167,10 @@ def read(paths: list[str]) -> Log:
         files = sorted(path.glob('runs*.jsonl')) if path.is_dir() else [path]
         is_experiment = path.is_dir() and (path / EXPERIMENT).exists()
         experiments.append(read_experiment(str(path)) if is_experiment else None)
-        if not files and not is_experiment:
+        if not files and not (is_experiment or path.is_dir() and len(paths) > 1):
             raise UserError(f'{one_line(path)} has no runs*.jsonl')
+        if not files:  # of a command that was stopped before its first run was finished
+            notes.append(f'{one_line(path)} has no finished run')
         for file in files:
             found, lost = read_lines(file)
             runs += found

@@ -295,6 +295,8 @@ class Runner:
             self.warm_up()
         net, warmup_seconds = self.prepared[arm.name]
         seed, start = run_seed(options['seed'], turn), time.perf_counter()
+        if experiment.device.type == 'cuda':  # the peak is that of the run, not of the process
+            torch.cuda.reset_peak_memory_stats(experiment.device)
 
         def on_epoch(row):
             self.display.epoch(arm.name, row, arm.hyp.get('opt.train_epochs', 1))
