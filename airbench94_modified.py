@@ -129,7 +129,7 @@ def download(data_dir: pathlib.Path, missing: list[str]):
 
 
 def load_data(data_dir: str = 'cifar10', device: torch.device | str | None = None) -> dict:
-    """{'train': {'images': uint8 [N, 32, 32, 3], 'labels': int64 [N], 'classes': names}, 'test': ..}
+    """{'train': {'images': uint8 [N, 32, 32, 3], 'labels': int64 [N], 'classes': list}, 'test': ..}
     of data_dir/train.pt and test.pt, downloaded where missing, on a GPU if there is one."""
     device = device or ('cuda' if torch.cuda.is_available() else 'cpu')
     folder = pathlib.Path(data_dir).absolute()
