@@ -573,14 +573,13 @@ def table(runs: list[dict], target: float) -> str:
     bad, trials = diverged(runs), {}
     for run in runs:
         trials.setdefault(run['trial'], []).append(run)
-    n_trials = len(trials)
-    if n_trials > 1:
+    if len(trials) > 1:
         trials['Average'] = runs
     head = 'Trial', 'Runtime', 'Clock/run', 'Accuracy', 'Std', f'>={target:g}%', 'Diverged'
     lines = [TRIAL_ROW.format(*head)]
     for name, some in trials.items():
         n, percent = len(some), np.array([100 * run['tta_acc'] for run in some])
-        runtime = sum(run['wall_seconds'] for run in some) / (n_trials if name == 'Average' else 1)
+        runtime = sum(x['wall_seconds'] for x in some) / (len(trials) - 1 if some is runs else 1)
         cells = [name, duration(runtime, 3), f'{np.mean([x["clock_seconds"] for x in some]):.3f}s']
         std = percent.std(ddof=1) if n > 1 else 0.0
         error, spread = (f' +- {std / math.sqrt(n):.2f}', f'{std:.2f}') if n > 1 else ('', '')
@@ -624,23 +623,24 @@ class Runs(list):
 def warm_up(data: dict, hyp: dict, device: torch.device, net=None) -> tuple[dict, float]:
     """Make runs of one step per epoch, off the clock, until their time settles: all is compiled,
     kernels are chosen, a GPU is awake. Returns a record, and roughly the seconds of a whole run."""
-    hyp, test_batch, few = copy.deepcopy(hyp), EVAL_BATCH[device.type], {}
+    short, test_batch, few = copy.deepcopy(hyp), EVAL_BATCH[device.type], {}
+    short['opt']['train_epochs'] = max(2, hyp['opt']['train_epochs'])
     if device.type == 'cpu' and net is None:  # no kernels to choose: be quick
-        hyp['opt']['batch_size'] = min(128, hyp['opt']['batch_size'])
-    last = len(data['test']['labels']) % test_batch  # the size of the last batch
-    for split, n in ('train', hyp['opt']['batch_size']), ('test', test_batch + last):
+        short['opt']['batch_size'] = min(128, hyp['opt']['batch_size'])
+    n_test = test_batch + len(data['test']['labels']) % test_batch  # a whole batch, and the last
+    for split, n in ('train', short['opt']['batch_size']), ('test', n_test):
         images, labels = data[split]['images'][:n], data[split]['labels'][:n]
         few[split] = {**data[split], 'images': images, 'labels': labels}
     start, fastest, settled = time.perf_counter(), math.inf, False
     while not settled or (device.type == 'cuda' and time.perf_counter() - start < 1):
-        record, _ = train(few, 0, hyp, device, net, quiet=True)
+        record, _ = train(few, 0, short, device, net, quiet=True)
         settled = device.type == 'cpu' or record['clock_seconds'] > 0.97 * fastest
         fastest = min(fastest, record['clock_seconds'])
     ends = [row['clock_seconds'] for row in record['epochs']]  # the first has the preparation, too
-    step = (ends[-1] - ends[0]) / (len(ends) - 1) if len(ends) > 1 else ends[0]
+    step = (ends[-1] - ends[0]) / (len(ends) - 1)
     scale = {split: len(data[split]['labels']) / len(few[split]['labels']) for split in data}
     evaluation = (record['clock_seconds'] - ends[-1]) * scale['test']
-    return record, step * len(ends) * scale['train'] + evaluation
+    return record, step * hyp['opt']['train_epochs'] * scale['train'] + evaluation
 
 
 def changed_hyp(changes: list[str]) -> dict:
