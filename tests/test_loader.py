@@ -110,6 +110,8 @@ def test_every_image_alternates_between_mirrored_and_not(aug, script, noise):
     loader = make_loader(script, first(noise, 100), batch_size=50, aug=aug)
     epochs = placements(loader, epochs=4)
     mirrored = torch.tensor([[image[2] for image in epoch] for epoch in epochs])
+    half = (loader.proc_images['flip'] != loader.proc_images['norm']).any(dim=(1, 2, 3))
+    assert torch.equal(mirrored[0], half)  # all are mirrored on top of that in odd epochs
     assert torch.equal(mirrored[1:], ~mirrored[:-1])
     assert 30 < mirrored[0].sum() < 70  # a random half to begin with
 
