@@ -1,0 +1,183 @@
+"""The CUDA path without a GPU: a whole training on tensors that have a device, a type and a layout,
+but no values (FakeTensorMode), and the graphs that --compile hands to the compiler."""
+
+import importlib
+import itertools
+
+import pytest
+import torch
+import torch._inductor.compile_fx
+from conftest import narrow_hyp
+from functorch.compile import make_boxed_func
+from torch import nn
+from torch._dynamo.backends.common import aot_autograd
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+aten = torch.ops.aten
+# Whose result the host needs: bool(), .item(), .tolist() (once a number), a mask as an index.
+WAITS = (aten._local_scalar_dense.default, aten.nonzero.default, aten.masked_select.default)
+
+
+class Watch(TorchDispatchMode):
+    """Notes the convolutions, the optimizer's updates, and what waits for the device."""
+
+    def __init__(self):
+        super().__init__()
+        self.convolutions, self.updates, self.waits = [], 0, 0
+
+    def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
+        if operator in WAITS:
+            self.waits += 1
+            return 0.5
+        if operator is aten._fused_sgd_.default:  # is not defined for fake tensors
+            self.updates += 1
+            return None
+        if operator is aten.convolution.default:
+            self.convolutions.append(args[:2])
+        return operator(*args, **(kwargs or {}))
+
+
+def convert(module, function, recurse=True):
+    """nn.Module._apply for fake tensors, which cannot be swapped with those that they replace."""
+    for child in module.children():
+        convert(child, function)
+    with torch.no_grad():
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                new = nn.Parameter(function(parameter), parameter.requires_grad)
+                module._parameters[name] = new
+        for name, buffer in module._buffers.items():
+            module._buffers[name] = buffer if buffer is None else function(buffer)
+    return module
+
+
+def leaves(node, seen):
+    """The parameters that a loss depends on."""
+    if node is None or node in seen:
+        return
+    seen.add(node)
+    if hasattr(node, 'variable'):
+        yield node.variable
+    for parent, _ in node.next_functions:
+        yield from leaves(parent, seen)
+
+
+def backward(loss):
+    """torch.Tensor.backward, without a device to run it on: gradients like their parameters."""
+    for parameter in leaves(loss.grad_fn, set()):
+        parameter.grad = torch.empty_like(parameter)
+
+
+@pytest.fixture
+def fake_cuda(monkeypatch):
+    """Within it torch takes tensors on a GPU that is not there."""
+    monkeypatch.setattr(nn.Module, '_apply', convert)
+    monkeypatch.setattr(torch.Tensor, 'backward', backward)
+    for name in ('synchronize', 'max_memory_allocated', 'get_device_name'):
+        monkeypatch.setattr(torch.cuda, name, lambda device=None: 0)
+    with FakeTensorMode():
+        yield
+
+
+def fake_data(train=2048, test=1000):
+    """The dict of `load_data`, on a GPU."""
+    data = {}
+    for split, n in (('train', train), ('test', test)):
+        images = torch.zeros(n, 32, 32, 3, dtype=torch.uint8, device='cuda:0')
+        labels = torch.zeros(n, dtype=torch.int64, device='cuda:0')
+        data[split] = {'images': images, 'labels': labels, 'classes': [*'abcdefghij']}
+    return data
+
+
+RUNS = [('airbench94_baseline', 'report'), ('airbench94_modified', 'report')]
+RUNS += [('airbench94_modified', 'fast94')]
+
+
+@pytest.mark.parametrize('name, recipe', RUNS)
+def test_a_run_on_cuda_is_half_precision_channels_last_and_waits_once_an_epoch(
+    fake_cuda, name, recipe
+):
+    """Operators refuse mixed devices and types. Three epochs of two steps."""
+    script, waits = importlib.import_module(name), []
+    changes = {**script.RECIPES[recipe], 'opt.batch_size': 1024, 'opt.train_epochs': 3.0}
+    changes |= {'opt.whiten_bias_epochs': 1}
+    if 'opt.small_sizes' in changes:
+        changes['opt.small_sizes'] = changes['opt.small_sizes'][:2]
+    hyp = narrow_hyp(script, **changes)
+    with Watch() as watch:
+        script.train(
+            fake_data(), 0, hyp=hyp, quiet=True, on_epoch=lambda row: waits.append(watch.waits)
+        )
+    assert waits == [2, 4]  # loss and accuracy of each epoch, nothing in a step
+    assert watch.waits == 7  # and the accuracy in the end
+    assert watch.updates == 3 * 2 * 2  # steps, groups of parameters
+    # At least the 7 convolutions of 6 steps and of one batch of images.
+    assert len(watch.convolutions) >= 7 * 7
+    for tensor in itertools.chain(*watch.convolutions):
+        assert tensor.dtype == torch.float16 and tensor.device == torch.device('cuda:0')
+        assert tensor.is_contiguous(memory_format=torch.channels_last)
+
+
+# ---------------------------------------- --compile ----------------------------------------
+@pytest.fixture
+def compiled_graphs(monkeypatch):
+    """compiled_graphs(script): what compile_net has the compiler make of a step, in half precision
+    as on CUDA: forward and backward, by rules that do not depend on the device."""
+    graphs = []
+
+    def keep(graph, inputs):
+        graphs.append(graph)
+        return make_boxed_func(graph.forward)
+
+    def compile_fx(graph, inputs, config_patches=None, decompositions=None):
+        compiler = aot_autograd(fw_compiler=keep, bw_compiler=keep, decompositions=decompositions)
+        return compiler(graph, inputs)
+
+    def compiled_graphs(script):
+        graphs.clear()
+        torch.compiler.reset()
+        net = script.make_net(narrow_hyp(script), 'cpu').train()
+        images = torch.randn(4, 3, 32, 32).to(torch.float16, memory_format=torch.channels_last)
+        script.compile_net(net)(images).float().sum().backward()
+        return graphs
+
+    monkeypatch.setattr(torch._inductor.compile_fx, 'compile_fx', compile_fx)
+    for name in ('airbench94_baseline', 'airbench94_modified'):
+        monkeypatch.setitem(importlib.import_module(name).DTYPE, 'cpu', torch.float16)
+    yield compiled_graphs
+    torch.compiler.reset()
+
+
+def operators(graphs):
+    return [node for graph in graphs for node in graph.graph.nodes if node.op == 'call_function']
+
+
+def test_compiled_graphs_are_whole_half_precision_and_without_atomics(script, compiled_graphs):
+    graphs = compiled_graphs(script)
+    assert len(graphs) == 2  # forward and backward: nothing breaks them
+    names = [str(node.target) for node in operators(graphs)]
+    assert names.count('aten.max_pool2d_with_indices_backward.default') >= 4
+    assert not [name for name in names if 'scatter' in name or 'index_put' in name]
+    convolutions = [node for node in operators(graphs) if 'convolution' in str(node.target)]
+    assert len(convolutions) == 14 + 6 * ('modified' in script.__name__)  # each way
+    for node in convolutions:
+        assert all(argument.meta['val'].dtype == torch.float16 for argument in node.args[:2])
+
+
+def test_a_compiled_step_is_the_eager_one(modified, float32):
+    """In float32, on a CPU, by Inductor."""
+    torch.compiler.reset()
+    hyp, results = narrow_hyp(modified), []
+    eager, compiled = (modified.make_net(hyp, 'cpu').train() for _ in range(2))
+    compiled.load_state_dict(eager.state_dict())
+    modified.compile_net(compiled)
+    images = torch.randn(16, 3, 32, 32).to(memory_format=torch.channels_last)
+    targets = torch.eye(10)[torch.arange(16) % 10]
+    for net in (eager, compiled):
+        optimizer = modified.make_optimizer(net, hyp)
+        loss, logits = modified.train_step(net, optimizer, images, targets)
+        results.append({'loss': loss, 'logits': logits, **net.state_dict()})
+    for name, value in results[0].items():
+        torch.testing.assert_close(results[1][name], value, rtol=1e-4, atol=1e-4, msg=name)
+    torch.compiler.reset()
