@@ -333,9 +333,8 @@ def make_optimizer(net: nn.Module, hyp: dict) -> torch.optim.Optimizer:
     lr = opt['lr'] / kilostep_scale
     decay = opt['weight_decay'] * opt['batch_size'] / kilostep_scale
     norms = [module for module in net.modules() if isinstance(module, nn.BatchNorm2d)]
-    trained = [parameter for parameter in net.parameters() if parameter.requires_grad]
     biases = [norm.bias for norm in norms if norm.bias.requires_grad]
-    others = [p for p in trained if not any(p is bias for bias in biases)]
+    others = [p for p in net.parameters() if p.requires_grad and not any(p is b for b in biases)]
     # BatchNorm's scales are fixed, so its biases alone shape the activations: they learn faster.
     # PyTorch multiplies the weight decay by the lr; divided by it here, each is tuned on its own.
     rates = (biases, lr * opt['bias_scaler']), (others, lr)
@@ -693,9 +692,9 @@ def run_trials(args: argparse.Namespace, runs: Runs):
     """Make all runs: show them, log them, add their records to runs. Raises UserError."""
     hyp = changed_hyp(args.changes)
     data = synthetic_data(args.device) if args.synthetic else load_data(args.data_dir, args.device)
-    device = data['train']['images'].device
-    if hyp['opt']['batch_size'] > len(data['train']['labels']):
-        raise UserError('opt.batch_size is more than there are training images')
+    device, opt = data['train']['images'].device, hyp['opt']
+    if opt['batch_size'] > len(data['train']['labels']) or not 0 < opt['train_epochs'] < math.inf:
+        raise UserError('opt.batch_size must be at most the images, opt.train_epochs over 0')
     seed = int.from_bytes(os.urandom(4), 'big') if args.seed is None else args.seed
     cells = globals().get('In', [])[1:]  # of a notebook: all that ran
     code = '\n\n# %%\n'.join(cells) if IN_NOTEBOOK else pathlib.Path(__file__).read_text('utf-8')
@@ -755,6 +754,8 @@ def explain(error: Exception, hyp_given: bool) -> str | None:
             free, total = torch.cuda.mem_get_info()
             phase += f', with {free >> 20} of {total >> 20} MiB free'
         return f'out of memory in the {phase}'
+    if re.search('PytorchStreamWriter|cannot be opened', text):
+        return f'--save failed: {text[:200]}'
     if type(error).__module__.startswith(('torch._dynamo', 'torch._inductor')):
         return f'--compile failed: {text[:300]}'
     if hyp_given and not isinstance(error, AssertionError):

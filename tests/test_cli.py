@@ -263,7 +263,6 @@ def test_batch_size_over_the_training_set(call, short):
     assert 'opt.batch_size' in result.err and not rows_of(result.out)
 
 
-@pytest.mark.xfail(strict=True, reason='found after the warm-up: nan as a traceback')
 @pytest.mark.parametrize('epochs', ['0', '-1', 'nan'])
 def test_no_epochs_are_one_line_before_the_first_run(epochs, call, short):
     assert_refused(call(*short, f'opt.train_epochs={epochs}'))
@@ -484,7 +483,6 @@ def test_disk_too_full_for_the_code_ends_with_2(data_dir, tmp_path):
     assert 'too large' in process.stderr and not rows_of(process.stdout)
 
 
-@pytest.mark.xfail(strict=True, reason='a traceback of torch.save')
 @pytest.mark.parametrize('size', [None, 30_000])
 def test_network_that_cannot_be_saved_is_one_line_after_the_table(size, data_dir, tmp_path):
     """A folder is in the way, or the disk fills with the network."""
