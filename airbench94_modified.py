@@ -764,7 +764,7 @@ def explain(error: Exception, hyp_given: bool) -> str | None:
             free, total = torch.cuda.mem_get_info()
             phase += f', with {free >> 20} of {total >> 20} MiB free'
         return f'out of memory in the {phase}'
-    if re.search('PytorchStreamWriter|cannot be opened', text):
+    if re.search('inline_container|StreamWriter', text):
         return f'--save failed: {text[:200]}'
     if type(error).__module__.startswith(('torch._dynamo', 'torch._inductor')):
         return f'--compile failed: {text[:300]}'

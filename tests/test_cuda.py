@@ -78,12 +78,12 @@ def test_compiled_runs_in_one_process_leave_nothing_behind(script, run_main, mon
     monkeypatch.setattr(script, 'warm_up', warm_up_and_count)
     counted = []
     for _ in range(3):
-        kinds = ['opt.train_epochs=3', 'opt.small_sizes=[24]', 'opt.whiten_bias_epochs=2']
+        kinds = ['opt.train_epochs=2', 'opt.small_sizes=[24]', 'opt.whiten_bias_epochs=1']
         before = graphs['unique_graphs']
         run_main(script, '--compile', '--hyp', *kinds, *NARROW_ARGS)
         assert graphs['unique_graphs'] == counted[-1]  # after the run as after its warm-up
-        # Steps of 24 pixels, of 32, of 32 with a frozen bias; evaluation of 2,000 and of 500.
-        assert counted[-1] - before == 5
+        # Steps of 24 pixels, and of 32 with a frozen bias; evaluation of 2,000 and of 500 images.
+        assert counted[-1] - before == 4
         gc.collect()
         memory.append(torch.cuda.memory_allocated())
     assert memory[0] == memory[1] == memory[2]

@@ -106,9 +106,12 @@ def test_a_run_on_cuda_is_half_precision_channels_last_and_waits_once_an_epoch(
         changes['opt.small_sizes'] = changes['opt.small_sizes'][:2]
     hyp = narrow_hyp(script, **changes)
     with Watch() as watch:
-        script.train(
+        _, net = script.train(
             fake_data(), 0, hyp=hyp, quiet=True, on_epoch=lambda row: waits.append(watch.waits)
         )
+    for parameter_name, parameter in net.named_parameters():
+        kind = torch.float32 if 'norm' in parameter_name else torch.float16
+        assert parameter.dtype == kind and parameter.device == torch.device('cuda:0')
     assert waits == [2, 4]  # loss and accuracy of each epoch, nothing in a step
     assert watch.waits == 7  # and the accuracy in the end
     assert watch.updates == 3 * 2 * 2  # steps, groups of parameters

@@ -24,7 +24,7 @@ def shown_blocks():
             )
 
 
-@pytest.mark.parametrize('command, shown', shown_blocks())
+@pytest.mark.parametrize('command, shown', list(shown_blocks()))
 def test_a_readme_shows_what_the_log_says(command, shown):
     process = subprocess.run(
         [sys.executable, *command.split()],

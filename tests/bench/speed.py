@@ -22,7 +22,8 @@ from bench.job import device_name, pick_device
 from bench.report import QuietConsole
 
 ROOT = Path(__file__).resolve().parents[2]
-SCRIPTS = ('airbench94_baseline.py', 'airbench94_modified.py')
+MODIFIED = 'airbench94_modified.py'
+SCRIPTS = ('airbench94_baseline.py', MODIFIED, f'{MODIFIED}:recipe=fast94')
 TRAIN_IMAGES, TEST_IMAGES = 50000, 10000
 PARTS = ('make_net', 'make_optimizer', 'train_step', 'compile_net', 'CifarLoader')
 
@@ -38,9 +39,7 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if args.rounds < 1:
         raise UserError(f'--rounds {args.rounds}: it must be at least 1')
-    if not args.scripts:
-        args.scripts = [str(ROOT / name) for name in SCRIPTS]
-        args.scripts.append(f'{ROOT / SCRIPTS[1]}:recipe=fast94')
+    args.scripts = args.scripts or [str(ROOT / name) for name in SCRIPTS]
     return args
 
 
@@ -52,11 +51,6 @@ def random_data(device: torch.device) -> dict:
         labels = torch.randint(10, (n,)).to(device)
         data[split] = {'images': images, 'labels': labels, 'classes': [*'abcdefghij']}
     return data
-
-
-def wait(device: torch.device):
-    if device.type == 'cuda':
-        torch.cuda.synchronize(device)
 
 
 # ---------------------------------------- What a GPU is asked -----------------------------------
@@ -123,9 +117,8 @@ def clock(row: dict) -> float:
 
 
 def host_row(arm: Arm, data: dict, device: torch.device, compiled: bool, rounds: int) -> list[str]:
-    """Per step of an epoch, all that belongs to it: batch, step, schedule, lookahead. The epochs
-    are the second, in which the whitening bias trains, and the last whole one, in which it does
-    not; the bytes are those of the first and the last step that was compiled."""
+    """Per step of an epoch, with all that belongs to it: batch, step, schedule, lookahead. In the
+    second epoch the whitening bias trains, in the last whole one it does not."""
     module, kernels, net = arm.script.module, Kernels(), make_network(arm, device, compiled)
     moved, launches, seconds = [triton_bytes()] if compiled else [], [], []
 
@@ -155,21 +148,21 @@ def host_row(arm: Arm, data: dict, device: torch.device, compiled: bool, rounds:
     graphs = [size for size in np.diff(moved) if size] if compiled else []
     fastest = 1000 * np.min(seconds, 0) / steps
     cells = [arm.name, 'compiled' if compiled else 'eager']
-    cells += [f'{launches[1] / steps:.1f}', f'{launches[-1] / steps:.1f}']
-    cells += [f'{graphs[0] / 1e9:.2f}', f'{graphs[-1] / 1e9:.2f}'] if graphs else ['', '']
-    return [*cells, f'{peak / 2**20:,.0f}', f'{fastest[0]:.2f}', f'{fastest[-1]:.2f}']
+    cells.append(f'{launches[1] / steps:.0f}, {launches[-1] / steps:.0f}')
+    cells.append(f'{graphs[0] / 1e9:.2f}, {graphs[-1] / 1e9:.2f}' if graphs else '')
+    return [*cells, f'{peak / 2**20:,.0f}', f'{fastest[0]:.2f}, {fastest[-1]:.2f}']
 
 
 def cuda_host(console, arms: list[Arm], device: torch.device, args: argparse.Namespace):
     if device.type != 'cuda':
         raise UserError('--cuda-host needs a GPU, or a stand-in for one')
     fake = ' - a stand-in that executes nothing' if stand_in() else ''
-    table = Table(title=f'Per step, second and last epoch: {device_name(device)}{fake}')
+    table = Table(title=f'Per step (second epoch, last epoch): {device_name(device)}{fake}')
+    table.add_column('Script', no_wrap=True)
+    table.add_column('Mode')
     time_column = 'Host ms' if stand_in() else 'Clock ms'
-    for name in ('Script', 'Mode', 'Launches', 'last', 'Triton GB', 'last', 'Peak MiB'):
-        table.add_column(name, justify='left' if name in ('Script', 'Mode') else 'right')
-    table.add_column(time_column, justify='right')
-    table.add_column('last', justify='right')
+    for name in ('Launches', 'Triton GB', 'Peak MiB', time_column):
+        table.add_column(name, justify='right', no_wrap=True)
     count_triton_bytes()
     data = random_data(device)
     for arm in arms:
@@ -195,7 +188,7 @@ def make_step(arm: Arm, data: dict, device: torch.device, mode: str):
     if mode == 'compiled':
         net = module.compile_net(net) or net
     if mode == 'plain':
-        net.to(torch.float32).to(memory_format=torch.contiguous_format)
+        net.to(torch.float32, memory_format=torch.contiguous_format)
         images = images.float().contiguous()
     optimizer = module.make_optimizer(net, hyp)
     for group in optimizer.param_groups:
@@ -207,12 +200,16 @@ def make_step(arm: Arm, data: dict, device: torch.device, mode: str):
         loss.backward()
         optimizer.step()
 
-    if mode == 'plain':
-        optimizer = torch.optim.SGD(optimizer.param_groups, 1e-6, 0.85, nesterov=True)
-        for group in optimizer.param_groups:
-            group['fused'], group['foreach'] = False, False
-        return plain_step
-    return lambda: module.train_step(net, optimizer, images, targets)
+    if mode != 'plain':
+        return lambda: module.train_step(net, optimizer, images, targets)
+    for group in optimizer.param_groups:
+        group['fused'], group['foreach'] = False, False
+    return plain_step
+
+
+def wait(device: torch.device):
+    if device.type == 'cuda':
+        torch.cuda.synchronize(device)
 
 
 def measure(functions: dict, counts: dict, device: torch.device, rounds: int) -> dict:
@@ -239,17 +236,17 @@ def start_up_seconds(path: str) -> float:
 
 
 def speed(console, arms: list[Arm], device: torch.device, args: argparse.Namespace):
-    table = Table(title=f'Images per second: {device_name(device)} (ratio of paired times)')
+    table = Table(title=f'Images per second (ratio to plain): {device_name(device)}')
     modes = ('plain', 'eager') if args.eager else ('plain', 'eager', 'compiled')
-    table.add_column('Script')
+    table.add_column('Script', no_wrap=True)
     for name in (*modes, 'loader', 'Start-up s', 'PFLOP of a run'):
         table.add_column(name, justify='right')
     data = random_data(device)
     for arm in arms:
         batch_size, steps = arm.hyp['opt.batch_size'], 20 if device.type == 'cuda' else 1
         functions = {mode: make_step(arm, data, device, mode) for mode in modes}
-        hyp = arm.nested_hyp()
-        loader = arm.script.module.CifarLoader(data, True, batch_size, hyp['aug'], device=device)
+        aug = arm.nested_hyp()['aug']
+        loader = arm.script.module.CifarLoader(data, True, batch_size, aug, device=device)
         functions['loader'] = lambda loader=loader: [None for _ in loader]
         counts = {name: 1 if name == 'loader' else steps for name in functions}
         seconds = measure(functions, counts, device, args.rounds)
@@ -259,9 +256,8 @@ def speed(console, arms: list[Arm], device: torch.device, args: argparse.Namespa
             cells.append(f'{batch_size / np.median(seconds[mode]):,.0f} (x {ratio:.2f})')
         cells.append(f'{len(loader) * batch_size / np.median(seconds["loader"]):,.0f}')
         flop = run_flop(arm, TRAIN_IMAGES, TEST_IMAGES, data)
-        cells.append(f'{start_up_seconds(arm.script.path):.1f}')
-        cells.append(f'{flop / 1e15:.3f}' if flop else '')
-        table.add_row(*cells)
+        start_up = f'{start_up_seconds(arm.script.path):.1f}'
+        table.add_row(*cells, start_up, f'{flop / 1e15:.3f}' if flop else '')
     console.print(table)
     for arm in arms:
         console.print(kernel_table(arm, data, device))
