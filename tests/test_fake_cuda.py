@@ -77,6 +77,10 @@ def fake_cuda(monkeypatch):
     for name in ('synchronize', 'max_memory_allocated', 'get_device_name'):
         monkeypatch.setattr(torch.cuda, name, lambda device=None: 0)
     with FakeTensorMode():
+        try:
+            torch.zeros(2, device='cuda:0').copy_(torch.ones(2, device='cuda:0'))
+        except (RuntimeError, AssertionError) as error:  # torch 2.4, or one that was built for CPUs
+            pytest.skip(f'fake CUDA tensors need a driver in this torch: {str(error)[:60]}')
         yield
 
 
@@ -130,8 +134,20 @@ def compiled_graphs(monkeypatch):
     graphs = []
 
     def keep(graph, inputs):
+        """Results of the right form, without values: not every operator is there in half."""
         graphs.append(graph)
-        return make_boxed_func(graph.forward)
+        (results,) = [node.args[0] for node in graph.graph.nodes if node.op == 'output']
+        values = [result if result is None else result.meta['val'] for result in results]
+
+        def empty(*inputs):
+            return [
+                value
+                if value is None
+                else torch.empty_strided(value.shape, value.stride(), dtype=value.dtype)
+                for value in values
+            ]
+
+        return make_boxed_func(empty)
 
     def compile_fx(graph, inputs, config_patches=None, decompositions=None):
         compiler = aot_autograd(fw_compiler=keep, bw_compiler=keep, decompositions=decompositions)
