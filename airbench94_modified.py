@@ -209,9 +209,10 @@ class CifarLoader:
         images = self.proc_images['norm'] = self.normalize(self.images)
         if self.aug['flip']:
             images = self.proc_images['flip'] = batch_flip_lr(images)
-        if self.aug['translate']:
-            padded = F.pad(images, (self.aug['translate'],) * 4, 'reflect')
-            self.proc_images['pad'] = padded.contiguous(memory_format=torch.channels_last)
+        if crop := self.aug['translate']:
+            pad = F.pad(images, (crop,) * 4, 'reflect').to(memory_format=torch.channels_last)
+            self.proc_images['pad'], key = pad, 'flip' if self.aug['flip'] else 'norm'
+            self.proc_images[key] = pad[:, :, crop:-crop, crop:-crop]  # no memory of its own
 
     def __len__(self) -> int:
         n = len(self.images)
@@ -425,8 +426,7 @@ def evaluate(net, loader: CifarLoader, tta_level: int = 0, tta_share: float = 1.
 
 
 # ---------------------------------------- Training ----------------------------------------
-def now(device: torch.device) -> float:
-    """Seconds, when the device has done all that it was given."""
+def now(device: torch.device) -> float:  # seconds, when the device has done all its work
     if device.type == 'cuda':
         torch.cuda.synchronize(device)
     return time.perf_counter()
@@ -483,8 +483,7 @@ class Training:
         return torch.stack((loss, correct)) / len(labels)
 
 
-def flatten(hyp: dict, prefix: str = '') -> dict:
-    """{'opt': {'lr': 9.0}} -> {'opt.lr': 9.0}"""
+def flatten(hyp: dict, prefix: str = '') -> dict:  # {'opt': {'lr': 9.0}} -> {'opt.lr': 9.0}
     flat = {}
     for key, value in hyp.items():
         group = isinstance(value, dict)
