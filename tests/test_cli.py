@@ -580,7 +580,7 @@ def test_table_has_the_reports_layout_and_names_diverged_runs(script):
 
 
 def test_diverged_run_is_finished_counted_and_logged_without_nan(call, short, tmp_path, script):
-    result = call(*short, 'opt.train_epochs=2', 'opt.lr=1e9', script=script)
+    result = call(*short, 'opt.train_epochs=2', 'opt.lr=1e37', script=script)  # overflows float32
     assert result.status == 0, result.err
     assert {row['loss'] for row in rows_of(result.out)} == {'diverged'}
     losses = [row['train_loss'] for row in log_of(tmp_path).runs[0]['epochs']]
