@@ -47,6 +47,11 @@ def panels_of(runs: list[dict]) -> list[tuple]:
     return [kind for kind in kinds if any(curve(run, kind[0])[0] for run in runs)]
 
 
+def has_curve(runs: list[dict]) -> bool:
+    """Whether an arm's log has more of a run than its last epoch."""
+    return any(len(run.get('epochs', [])) > 1 for run in runs)
+
+
 def shades(n: int):
     """n colours from dark to light, which differ in grey too."""
     return matplotlib.colormaps['viridis'](np.linspace(0, 0.85, n))
@@ -114,8 +119,10 @@ def draw_dots(axes, arms: dict, target: float):
     if low <= target <= high + (high - low):
         axes.axhline(target, color='black', linestyle=':')
     axes.set_xlim(-0.5, len(arms) - 0.4)
-    labels = [f'{short(name, 24)}\nn = {len(runs)}' for name, runs in arms.items()]
-    turn = {'rotation': 30, 'ha': 'right'} if len(arms) > 2 else {}
+    many = len(arms) > 2
+    between = ', ' if many else '\n'
+    labels = [f'{short(name, 24)}{between}n = {len(runs)}' for name, runs in arms.items()]
+    turn = {'rotation': 40, 'ha': 'right', 'rotation_mode': 'anchor'} if many else {}
     axes.set_xticks(range(len(arms)), labels, **turn)
     axes.set_ylabel('TTA accuracy (%)')
     axes.grid(axis='y', alpha=0.3)
@@ -128,16 +135,19 @@ def figure(arms: dict[str, list[dict]], target: float = 94.0) -> Figure:
     A notebook shows the Figure that is returned.
     """
     arms = {name: runs for name, runs in arms.items() if runs}
-    panels = panels_of([run for runs in arms.values() for run in runs])
-    together = len(arms) > 1 and bool(panels)
+    curves = {name: runs for name, runs in arms.items() if has_curve(runs)}
+    panels = panels_of([run for runs in curves.values() for run in runs])
+    together = len(curves) > 1 and bool(panels)
     columns = max(1, len(panels))
-    rows = (len(arms) if panels else 0) + together + 1
+    rows = (len(curves) if panels else 0) + together + 1
+    heights = [1.0] * (rows - 1) + [1.0 if len(arms) < 3 else 1.5]  # room for slanting names
     with matplotlib.rc_context(STYLE):
-        drawing = Drawing(figsize=(PANEL[0] * columns, PANEL[1] * rows), layout='constrained')
-        parts = drawing.subfigures(rows, 1, squeeze=False)[:, 0]
+        size = PANEL[0] * columns, PANEL[1] * sum(heights)
+        drawing = Drawing(figsize=size, layout='constrained')
+        parts = drawing.subfigures(rows, 1, squeeze=False, height_ratios=heights)[:, 0]
         if panels:
-            for part, (name, runs) in zip(parts, arms.items(), strict=False):
-                part.suptitle(f'Training Flow - {short(name)} (Individual Runs)', fontsize=9)
+            for part, (name, runs) in zip(parts, curves.items(), strict=False):
+                part.suptitle(f'Training Flow - {short(name, 22)} (Individual Runs)', fontsize=8)
                 for axes, kind in zip(
                     part.subplots(1, columns, squeeze=False)[0], panels, strict=True
                 ):
@@ -147,7 +157,7 @@ def figure(arms: dict[str, list[dict]], target: float = 94.0) -> Figure:
             for axes, kind in zip(
                 parts[-2].subplots(1, columns, squeeze=False)[0], panels, strict=True
             ):
-                draw_band(axes, arms, kind)
+                draw_band(axes, curves, kind)
         draw_dots(parts[-1].subplots(), arms, target)
         sets = dict.fromkeys(one_line(describe_data(run)) for runs in arms.values() for run in runs)
         parts[-1].supxlabel('Data: ' + '; '.join(sets), fontsize=8)
