@@ -196,6 +196,8 @@ def write_code(folder: str, arms: list[Arm], flop: list[int | None]) -> list[dic
 def check_resume(folder: str, arms: list[Arm], facts: dict) -> dict:
     """The experiment.json of a log. Raises UserError where it is not of the experiment at hand."""
     logged = records.read_experiment(folder)
+    names = [entry['name'] for entry in logged['arms']], [arm.name for arm in arms]
+    records.refuse_other_values('the arms', {'names': names[0]}, {'names': names[1]})
     for arm, entry in zip(arms, logged['arms'], strict=True):
         records.refuse_other_code(folder, entry, arm.script.source)
         records.refuse_other_values(f'hyperparameters of {arm.name}', entry['hyp'], arm.hyp)
