@@ -30,7 +30,13 @@ class Client(NotebookClient):
         super().process_message(msg, cell, cell_index)
         if self.interrupt and self.interrupt.search(text_of(cell)):
             self.interrupt = None
-            asyncio.ensure_future(self.km.interrupt_kernel())
+            asyncio.ensure_future(self.interrupt_soon())
+
+    async def interrupt_soon(self):
+        # Not while the kernel waits for its own output to be sent: there an interrupt can end in
+        # 'RuntimeError: release unlocked lock' (threading.Condition, which is CPython's).
+        await asyncio.sleep(0.2)
+        await self.km.interrupt_kernel()
 
 
 def text_of(cell, name='stdout'):
