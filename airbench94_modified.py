@@ -9,7 +9,7 @@ the baseline's FLOP; what it attains is not settled (tests/bench/results). No GP
     python airbench94_modified.py --compile                      through torch.compile
     python airbench94_modified.py --hyp opt.lr=9 --save net.pt   another lr; keep the network
     python tests/bench run airbench94_modified.py mine.py        is an edited copy better?
-Or paste the whole file into one notebook cell. What follows `Trials` only serves the command line.
+Or paste the whole file into one notebook cell. After `Training` come rows, warm-up and options.
 """
 
 import argparse
@@ -38,7 +38,7 @@ NAME = 'airbench94_modified' if IN_NOTEBOOK else pathlib.Path(__file__).stem
 
 hyp = {
     'opt': {
-        'train_epochs': 8.0,  # may be fractional
+        'train_epochs': 8.0,  # may be fractional; with batch_size and lr it is change 3
         'batch_size': 1536,
         'lr': 17.25,  # per 1024 examples; the loss is a sum: larger batches make larger steps
         'momentum': 0.85,  # Nesterov
@@ -59,7 +59,7 @@ hyp = {
 }
 RECIPES = {  # name -> differences from hyp
     'report': {},
-    'fast94': {
+    'fast94': {  # the baseline's schedule; the first epochs on smaller images, TTA for fewer
         'opt.train_epochs': 9.9,
         'opt.batch_size': 1024,
         'opt.lr': 11.5,
@@ -72,6 +72,7 @@ CIFAR_MEAN, CIFAR_STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
 DTYPE = {'cuda': torch.float16, 'cpu': torch.float32}  # of images and weights, but for BatchNorm
 EVAL_BATCH = {'cuda': 2000, 'cpu': 500}  # what keeps a GPU busy, and what fits a CPU's cache
 CPU_INFO = pathlib.Path('/proc/cpuinfo').read_text() if sys.platform == 'linux' else ''
+CPU_NAME = (re.findall(r'model name\s*: (.*)', CPU_INFO) or ['CPU'])[0]
 CPU_HAS_BFLOAT16 = re.search('avx512_bf16|amx_bf16', CPU_INFO) is not None
 
 
@@ -88,8 +89,8 @@ def read_split(path: pathlib.Path, device: torch.device | str) -> dict:
     try:
         with zipfile.ZipFile(path) as archive:  # torch.load looks at no sums, sizes or flags
             entries, size = archive.infolist(), path.stat().st_size
-            folder = any(entry.external_attr & 0x10 for entry in entries)  # its bytes go unread
-            if folder or sum(entry.file_size for entry in entries) > size or archive.testzip():
+            has_folder = any(entry.external_attr & 0x10 for entry in entries)  # its bytes go unread
+            if has_folder or sum(entry.file_size for entry in entries) > size or archive.testzip():
                 raise ValueError('its checksums or sizes are wrong')
         content = torch.load(path, map_location='cpu', weights_only=True)
         # Through numpy, which refuses what is no plain tensor in memory.
@@ -97,8 +98,8 @@ def read_split(path: pathlib.Path, device: torch.device | str) -> dict:
         classes = list(map(str, content['classes']))
         if images.dtype != torch.uint8 or images.shape[1:] != (32, 32, 3) or images.numel() > size:
             raise ValueError(f'not uint8 [N, 32, 32, 3]: images {images.dtype} {images.shape}')
-        fit = labels.shape == images.shape[:1] and not labels.is_floating_point()
-        if not fit or labels.min() < 0 or labels.max() >= len(classes):
+        labels_fit = labels.shape == images.shape[:1] and not labels.is_floating_point()
+        if not labels_fit or labels.min() < 0 or labels.max() >= len(classes):
             raise ValueError(f'labels are not [{len(images)}] integers below {len(classes)}')
     except Exception as error:  # a damaged file fails anywhere, with any type
         reason = f'no {error}' if isinstance(error, KeyError) else str(error).split('\n')[0]
@@ -150,7 +151,7 @@ def synthetic_data(device: torch.device | str, train: int = 50000, test: int = 1
         contrast = 40 * torch.rand(n, 1, 1, 1, generator=rng)
         x = torch.randn(n, 3, 32, 32, generator=rng).mul_(40).addcmul_(patterns[labels], contrast)
         images = x.add_(128).clamp_(0, 255).byte().permute(0, 2, 3, 1).contiguous().to(device)
-        data[split] = {'images': images, 'labels': labels.to(device), 'classes': [*'abcdefghij']}
+        data[split] = {'images': images, 'labels': labels.to(device), 'classes': list('abcdefghij')}
     return data
 
 
@@ -193,7 +194,7 @@ class CifarLoader:
         self.drop_last = train if drop_last is None else drop_last
         self.shuffle = train if shuffle is None else shuffle
         self.epoch, self.proc_images = 0, {}
-        self.precompute()
+        self.precompute()  # (change 1)
 
     @staticmethod
     def normalize(images: torch.Tensor) -> torch.Tensor:
@@ -204,16 +205,16 @@ class CifarLoader:
 
     @torch.no_grad()
     def precompute(self):
-        """Fill proc_images: 'norm', and with aug 'flip' and 'pad'. Again it does nothing."""
+        """Fill proc_images: 'norm', and with aug 'flip' and 'pad'. A second call does nothing."""
         if self.proc_images:
             return
         images = self.proc_images['norm'] = self.normalize(self.images)
         if self.aug['flip']:
             images = self.proc_images['flip'] = batch_flip_lr(images)
-        if crop := self.aug['translate']:
-            pad = F.pad(images, (crop,) * 4, 'reflect').to(memory_format=torch.channels_last)
-            self.proc_images['pad'], key = pad, 'flip' if self.aug['flip'] else 'norm'
-            self.proc_images[key] = pad[:, :, crop:-crop, crop:-crop]  # no memory of its own
+        if shift := self.aug['translate']:
+            pad = F.pad(images, (shift,) * 4, 'reflect').to(memory_format=torch.channels_last)
+            centre = pad[:, :, shift:-shift, shift:-shift]  # a view, in place of a second copy
+            self.proc_images |= {'flip' if self.aug['flip'] else 'norm': centre, 'pad': pad}
 
     def __len__(self) -> int:
         n = len(self.images)
@@ -224,14 +225,14 @@ class CifarLoader:
         images = list(self.proc_images.values())[-1]  # 'pad', or without it 'flip' or 'norm'
         if crop := self.aug['translate']:
             offsets = torch.randint(2 * crop + 1, (n, 2), device=device)
-        # On top of the random half: so in two epochs each image is seen once from either side.
+        # A random half is mirrored already, and odd epochs mirror all: two epochs show both sides.
         mirror = self.aug['flip'] and self.epoch % 2 == 1
         self.epoch += 1
         order = torch.randperm(n, device=device) if self.shuffle else torch.arange(n, device=device)
         for index in order.split(self.batch_size)[: len(self)]:
             # Straight from 'pad' (change 4): no epoch's worth of crops is made and mirrored first.
             batch = batch_crop(images, size, offsets, index) if crop else images[index]
-            yield batch.flip(-1) if mirror else batch, self.labels[index]
+            yield (batch.flip(-1) if mirror else batch), self.labels[index]
 
 
 # ---------------------------------------- Network ----------------------------------------
@@ -253,7 +254,7 @@ class BatchNorm(nn.BatchNorm2d):
 
 
 class ConvGroup(nn.Module):
-    """[N, C, H, W] -> [N, out_channels, H // 2, W // 2]; residual (change 2; arXiv:1512.03385)."""
+    """[N, C, H, W] -> [N, out_channels, H // 2, W // 2], residual (arXiv:1512.03385)."""
 
     def __init__(self, in_channels: int, out_channels: int, batchnorm_momentum: float):
         super().__init__()
@@ -265,7 +266,7 @@ class ConvGroup(nn.Module):
         self.downsample = nn.Conv2d(in_channels, out_channels, kernel_size=1, bias=False)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        identity = self.downsample(self.pool(x))
+        identity = self.downsample(self.pool(x))  # (change 2)
         # The pool never reads the last row and column of an odd-sized map: they are not computed.
         odd = x.shape[-1] % 2
         x = self.conv1(F.pad(x, (1, 1 - odd, 1, 1 - odd)))
@@ -300,7 +301,7 @@ class CifarNet(nn.Module):
         self.whiten.weight.copy_(torch.cat((filters, -filters)))
 
     def forward(self, images: torch.Tensor, whiten_bias_grad: bool = True) -> torch.Tensor:
-        # whiten_bias_grad is a flag, as a changed requires_grad would be compiled in every run.
+        # A flag of the call: a change of requires_grad would be compiled anew in every run.
         bias = self.whiten.bias if whiten_bias_grad else self.whiten.bias.detach()
         x = F.gelu(F.conv2d(images, self.whiten.weight, bias))
         x = self.groups(x)
@@ -339,8 +340,8 @@ def make_optimizer(net: nn.Module, hyp: dict) -> torch.optim.Optimizer:
     """Nesterov SGD on the BatchNorm biases (group 0) and all else that is trained (group 1).
     For another optimizer change this function alone. Source: arXiv:2404.00498."""
     opt = hyp['opt']
-    # Momentum repeats a gradient 1 / (1 - momentum) times, Nesterov once more: divided by that, an
-    # lr keeps its meaning when the momentum changes. 1024, as the loss is a sum over the batch.
+    # One gradient moves a weight by lr x (1 / (1 - momentum) + 1) in all, 1 being Nesterov's; hyp's
+    # lr is that, for 1024 examples: the summed loss grows with the batch, the decay is made to.
     kilostep_scale = 1024 * (1 + 1 / (1 - opt['momentum']))
     lr = opt['lr'] / kilostep_scale
     decay = opt['weight_decay'] * opt['batch_size'] / kilostep_scale
@@ -349,8 +350,8 @@ def make_optimizer(net: nn.Module, hyp: dict) -> torch.optim.Optimizer:
     others = [p for p in net.parameters() if p.requires_grad and not any(p is b for b in biases)]
     # BatchNorm's scales are fixed, so its biases alone shape the activations: they learn faster.
     # PyTorch multiplies the weight decay by the lr; divided by it here, each is tuned on its own.
-    rates = (biases, lr * opt['bias_scaler']), (others, lr)
-    groups = [{'params': p, 'lr': rate, 'weight_decay': decay / rate} for p, rate in rates]
+    pairs = (biases, lr * opt['bias_scaler']), (others, lr)
+    groups = [{'params': p, 'lr': rate, 'weight_decay': decay / rate} for p, rate in pairs]
     return torch.optim.SGD(groups, momentum=opt['momentum'], nesterov=True, fused=True)
 
 
@@ -401,8 +402,8 @@ def infer(net, loader: CifarLoader, tta_level: int = 0, tta_share: float = 1.0) 
             views = [(1.0, batch)]  # with their weights
             if level == 2:
                 padded = F.pad(batch, (1,) * 4, 'reflect')
-                first, last = padded[:, :, :-2, :-2], padded[:, :, 2:, 2:]
-                views = [(0.5, batch), (0.25, first), (0.25, last)]
+                up_left, down_right = padded[:, :, :-2, :-2], padded[:, :, 2:, 2:]
+                views = [(0.5, batch), (0.25, up_left), (0.25, down_right)]
             if level >= 1:
                 views = [(w / 2, x) for w, view in views for x in (view, view.flip(-1))]
             views = [(w, x.contiguous(memory_format=torch.channels_last)) for w, x in views]
@@ -507,7 +508,7 @@ def train(
     net = new_net if net is None else net
     net.load_state_dict(new_net.state_dict())
     optimizer = make_optimizer(net, hyp)
-    torch.manual_seed(seed + 2**32)  # batches do not depend on how many numbers the weights took
+    torch.manual_seed(seed + 2**32)  # so batches do not depend on the number of weights
     rows, start = [], now(device)
     test_loader = CifarLoader(data, False, EVAL_BATCH[device.type], device=device)
     test_loader.precompute()
@@ -536,7 +537,8 @@ def train(
     record['eval_seconds'] = sum(row['eval_seconds'] for row in rows)
     record |= {f'{split}_images': len(data[split]['labels']) for split in data}
     record |= {'classes': len(test_loader.classes), 'torch': str(torch.__version__)}
-    record |= {'device': 'CPU', 'dtype': 'bfloat16 autocast' if CPU_HAS_BFLOAT16 else 'float32'}
+    record |= {'device': f'{CPU_NAME}, {torch.get_num_threads()} threads'}
+    record |= {'dtype': 'bfloat16 autocast' if CPU_HAS_BFLOAT16 else 'float32'}
     if device.type == 'cuda':
         record |= {'device': torch.cuda.get_device_name(device), 'dtype': 'float16'}
         record['peak_bytes'] = torch.cuda.max_memory_allocated(device)
@@ -555,9 +557,9 @@ def duration(seconds: float, digits: int = 0) -> str:
 
 
 def diverged(runs: list[dict]) -> list[dict]:
-    """Runs with a loss that is not finite, that end dead, or 10 points under the median of 3."""
+    """Runs with a loss that is not finite, that end dead, or 10 points under the median (of 3)."""
     found, accuracies = [], [run['tta_acc'] for run in runs]
-    floor = np.median(accuracies) - 0.1 - 1e-9 if len(runs) >= 3 else -1
+    floor = np.median(accuracies) - 0.1 - 1e-9 if len(runs) >= 3 else -1  # 1e-9: rounding
     for run in runs:
         losses = [row['train_loss'] for row in run['epochs']]
         dead = abs(losses[-1] - math.log(run['classes'])) < 1e-5
@@ -573,15 +575,15 @@ def table(runs: list[dict], target: float) -> str:
         trials.setdefault(run['trial'], []).append(run)
     if len(trials) > 1:
         trials['Average'] = runs
-    head = 'Trial', 'Runtime', 'Clock/run', 'Accuracy', 'Std', f'>={target:g}%', 'Diverged'
+    head = 'Trial', 'Runtime', 'Clock/run', 'Accuracy +- s.e.', 'Std', f'>={target:g}%', 'Diverged'
     lines = [TRIAL_ROW.format(*head)]
     for name, some in trials.items():
         n, percent = len(some), np.array([100 * run['tta_acc'] for run in some])
-        runtime = sum(x['wall_seconds'] for x in some) / (len(trials) - 1 if some is runs else 1)
+        runtime = sum(x['wall_seconds'] for x in some) / len({x['trial'] for x in some})
         cells = [name, duration(runtime, 3), f'{np.mean([x["clock_seconds"] for x in some]):.3f}s']
         std = percent.std(ddof=1) if n > 1 else 0.0
         error, spread = (f' +- {std / math.sqrt(n):.2f}', f'{std:.2f}') if n > 1 else ('', '')
-        cells += [f'{percent.mean():.2f}%{error}', spread]  # error: of the mean
+        cells += [f'{percent.mean():.2f}%{error}', spread]
         cells += [f'{sum(percent.round(6) >= target)}/{n}', f'{sum(x in bad for x in some)}/{n}']
         lines.append(TRIAL_ROW.format(*cells))
     lines += [f'Diverged: trial {x["trial"]} run {x["run"]}, {x["tta_acc"]:.2%}' for x in bad]
@@ -591,7 +593,7 @@ def table(runs: list[dict], target: float) -> str:
 class Runs(list):
     """The finished runs' records, and how the runs are shown while they are made."""
 
-    n_runs, start = 0, None  # start: when the first run began
+    n_runs, start, shown, moving, left = 0, None, 0.0, False, ''  # start: of the first run
 
     def __repr__(self) -> str:
         return f'<{len(self)} finished runs>'
@@ -615,14 +617,14 @@ class Runs(list):
         loss = f'{row["train_loss"]:.4f}' if math.isfinite(row['train_loss']) else 'diverged'
         clock = f'{clock or row["clock_seconds"]:.3f}s'
         cells = row['epoch'], loss, f'{row["train_acc"]:.2%}', test, tta, clock, self.left
-        print('\r' * self.moving + EPOCH_ROW.format(trial, run, *cells), flush=True)
+        print(('\r' if self.moving else '') + EPOCH_ROW.format(trial, run, *cells), flush=True)
 
 
 def warm_up(data: dict, hyp: dict, device: torch.device, net=None) -> tuple[dict, float]:
     """Make runs of one step per epoch, off the clock, until their time settles: all is compiled,
     kernels are chosen, a GPU is awake. Returns a record, and roughly the seconds of a whole run."""
     short, test_batch, few = copy.deepcopy(hyp), EVAL_BATCH[device.type], {}
-    short['opt']['train_epochs'] = max(2, hyp['opt']['train_epochs'])
+    short['opt']['train_epochs'] = max(2, hyp['opt']['train_epochs'])  # 2: to time a step
     if device.type == 'cpu' and net is None:  # no kernels to choose: be quick
         short['opt']['batch_size'] = min(128, hyp['opt']['batch_size'])
     n_test = test_batch + len(data['test']['labels']) % test_batch  # a whole batch, and the last
@@ -638,6 +640,7 @@ def warm_up(data: dict, hyp: dict, device: torch.device, net=None) -> tuple[dict
     step = (ends[-1] - ends[0]) / (len(ends) - 1)
     scale = {split: len(data[split]['labels']) / len(few[split]['labels']) for split in data}
     evaluation = (record['clock_seconds'] - ends[-1]) * scale['test']
+    evaluation *= (1 + 6 * hyp['net']['tta_share']) / 7  # these few images all got the TTA views
     return record, step * hyp['opt']['train_epochs'] * scale['train'] + evaluation
 
 
@@ -656,17 +659,14 @@ def changed_hyp(changes: list[str]) -> dict:
         except ValueError:
             value = None
         if type(value) is not kind:
-            raise UserError(
-                f'{key}={text}: it must be of type {kind.__name__}, like {present[key]}'
-            )
+            raise UserError(f'{key}={text}: not of type {kind.__name__}, like {present[key]}')
         *groups, name = key.split('.')
-        functools.reduce(dict.get, groups, changed)[name] = value
+        functools.reduce(dict.get, groups, changed)[name] = value  # changed['opt']['lr'] = 9.0
     return changed
 
 
-def parse_args(argv: list[str]) -> argparse.Namespace:
+def parse_args(argv: list[str] | None) -> argparse.Namespace:
     """The options; among them `changes`, those of --recipe and --hyp. Raises UserError."""
-
     parser = argparse.ArgumentParser(f'{NAME}.py', exit_on_error=False, allow_abbrev=False)
     parser.description, parser.formatter_class = __doc__, argparse.RawDescriptionHelpFormatter
     add = parser.add_argument
@@ -712,7 +712,7 @@ def run_trials(args: argparse.Namespace, runs: Runs):
     folder = pathlib.Path(args.log_dir, stamp)
     folder.mkdir(parents=True)
     (folder / 'code.py').write_text(code, 'utf-8')
-    options = ['--recipe', args.recipe, *args.hyp, *['--compile'] * args.compile]
+    options = ['--recipe', args.recipe, *args.hyp, *(['--compile'] if args.compile else [])]
     print(NAME, *options, '--seed', seed, '\nWarming up', flush=True)
     start, net = time.perf_counter(), None
     if args.compile:
@@ -764,20 +764,20 @@ def explain(error: Exception, hyp_given: bool) -> str | None:
             free, total = torch.cuda.mem_get_info()
             phase += f', with {free >> 20} of {total >> 20} MiB free'
         return f'out of memory in the {phase}'
-    if re.search('inline_container|StreamWriter', text):
+    if re.search('inline_container|StreamWriter|cannot be opened', text):
         return f'--save failed: {text[:200]}'
     if type(error).__module__.startswith(('torch._dynamo', 'torch._inductor')):
         return f'--compile failed: {text[:300]}'
-    if hyp_given and not isinstance(error, AssertionError):
+    if hyp_given and isinstance(error, (RuntimeError, TypeError, ValueError, ArithmeticError)):
         return f'these hyperparameters fail: {type(error).__name__}: {text[:300]}'
     return None
 
 
 def main(argv: list[str] | None = None) -> Runs:
-    """The command line. Returns the finished runs; ends the process where it fails (README)."""
+    """The command line. Returns the finished runs. A failure ends the process (tests/README.md)."""
     runs, args = Runs(), None
     try:
-        args = parse_args(sys.argv[1:] * (not IN_NOTEBOOK) if argv is None else argv)
+        args = parse_args([] if IN_NOTEBOOK and argv is None else argv)
         run_trials(args, runs)
         return runs
     except SystemExit:  # --help

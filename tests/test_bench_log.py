@@ -186,7 +186,9 @@ def test_figure_has_no_empty_panel_and_draws_every_run(curves, made):
         axes = plot.figure(found).axes
     labels = [panel.get_ylabel() for panel in axes]
     kinds = ['training loss', 'test accuracy (%)'] if curves else ['training loss']
-    assert labels == kinds * 3 + ['TTA accuracy (%)']
+    assert labels == [*kinds * 3, ''] and axes[-1].get_xlabel() == 'TTA accuracy (%)'
+    names = [' '.join(label.get_text().split()) for label in axes[-1].get_yticklabels()]
+    assert names == [f'{name}, n = {len(runs)}' for name, runs in found.items()]
     assert all(panel.has_data() for panel in axes)
     assert len(axes[0].lines) == 6
 

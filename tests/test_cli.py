@@ -570,7 +570,7 @@ def test_table_has_the_reports_layout_and_names_diverged_runs(script):
     runs = [made_up(1, 1, 0.94), made_up(1, 2, 0.93), made_up(2, 1, 0.95), made_up(2, 2, 0.51)]
     lines = [' '.join(line.split()) for line in script.table(runs, 94.0).splitlines()]
     assert lines == [
-        'Trial Runtime Clock/run Accuracy Std >=94% Diverged',
+        'Trial Runtime Clock/run Accuracy +- s.e. Std >=94% Diverged',
         '1 1m 00.500s 3.357s 93.50% +- 0.50 0.71 1/2 0/2',
         '2 1m 00.500s 3.357s 73.00% +- 22.00 31.11 1/2 1/2',
         'Average 1m 00.500s 3.357s 83.25% +- 10.76 21.52 2/4 1/4',

@@ -2,6 +2,7 @@
 
 import io
 import os
+import textwrap
 
 import matplotlib
 import numpy as np
@@ -57,9 +58,9 @@ def shades(n: int):
     return matplotlib.colormaps['viridis'](np.linspace(0, 0.85, n))
 
 
-def short(name: str, width: int = 34) -> str:
-    """A name that fits over a panel."""
-    return name if len(name) <= width else f'{name[: width - 3]}...'
+def wrapped(name: str, runs: list[dict], width: int) -> str:
+    """An arm's name and n in lines that fit. Uncut, as the names of a sweep differ in the end."""
+    return textwrap.fill(f'{name}, n\u00a0=\u00a0{len(runs)}', width)
 
 
 def draw_runs(axes, runs: list[dict], kind: tuple):
@@ -90,7 +91,13 @@ def draw_band(axes, arms: dict, kind: tuple):
         epochs = sorted(by_epoch)
         values = [by_epoch[epoch] for epoch in epochs]
         style = {'color': shade, 'marker': MARKERS[i % 8], 'ms': 3}
-        axes.plot(epochs, [np.mean(x) for x in values], LINES[i % 4], label=short(name), **style)
+        axes.plot(
+            epochs,
+            [np.mean(x) for x in values],
+            LINES[i % 4],
+            label=wrapped(name, runs, 38),
+            **style,
+        )
         axes.fill_between(
             epochs, [min(x) for x in values], [max(x) for x in values], color=shade, alpha=0.2
         )
@@ -107,25 +114,21 @@ def finish_panel(axes, label: str):
 
 
 def draw_dots(axes, arms: dict, target: float):
-    """The TTA accuracy of every run as a dot, the mean of each arm with its 95% interval beside."""
+    """The TTA accuracy of every run as a dot, the mean of each arm with its 95% interval below."""
     for i, ((_, runs), shade) in enumerate(zip(arms.items(), shades(len(arms)), strict=True)):
         accuracies = percent(runs)
         spread = np.random.default_rng(i).uniform(-0.12, 0.12, len(runs))  # dots that overlap less
-        axes.plot(i + spread, accuracies, MARKERS[i % 8], color=shade, ms=4, alpha=0.6, mew=0)
+        axes.plot(accuracies, i + spread, MARKERS[i % 8], color=shade, ms=4, alpha=0.6, mew=0)
         average = stats.mean(accuracies)
         half = 0.0 if np.isnan(average.low) else average.half
-        axes.errorbar(i + 0.28, average.value, half, fmt='_k', capsize=4, ms=10)
-    low, high = axes.get_ylim()
+        axes.errorbar(average.value, i + 0.28, xerr=half, fmt='|k', capsize=3, ms=8)
+    low, high = axes.get_xlim()
     if low <= target <= high + (high - low):
-        axes.axhline(target, color='black', linestyle=':')
-    axes.set_xlim(-0.5, len(arms) - 0.4)
-    many = len(arms) > 2
-    between = ', ' if many else '\n'
-    labels = [f'{short(name, 24)}{between}n = {len(runs)}' for name, runs in arms.items()]
-    turn = {'rotation': 40, 'ha': 'right', 'rotation_mode': 'anchor'} if many else {}
-    axes.set_xticks(range(len(arms)), labels, **turn)
-    axes.set_ylabel('TTA accuracy (%)')
-    axes.grid(axis='y', alpha=0.3)
+        axes.axvline(target, color='black', linestyle=':')
+    axes.set_ylim(len(arms) - 0.5, -0.5)  # the reference is on top
+    axes.set_yticks(range(len(arms)), [wrapped(name, runs, 36) for name, runs in arms.items()])
+    axes.set_xlabel('TTA accuracy (%)')
+    axes.grid(axis='x', alpha=0.3)
     axes.set_title('Accuracy of each run; mean, 95% interval')
 
 
@@ -140,14 +143,14 @@ def figure(arms: dict[str, list[dict]], target: float = 94.0) -> Figure:
     together = len(curves) > 1 and bool(panels)
     columns = max(1, len(panels))
     rows = (len(curves) if panels else 0) + together + 1
-    heights = [1.0] * (rows - 1) + [1.0 if len(arms) < 3 else 1.5]  # room for slanting names
+    heights = [PANEL[1]] * (rows - 1) + [0.8 + 0.4 * len(arms)]  # inches
     with matplotlib.rc_context(STYLE):
-        size = PANEL[0] * columns, PANEL[1] * sum(heights)
+        size = PANEL[0] * max(2, columns), sum(heights)  # the names need half of the width
         drawing = Drawing(figsize=size, layout='constrained')
         parts = drawing.subfigures(rows, 1, squeeze=False, height_ratios=heights)[:, 0]
         if panels:
             for part, (name, runs) in zip(parts, curves.items(), strict=False):
-                part.suptitle(f'Training Flow - {short(name, 22)} (Individual Runs)', fontsize=8)
+                part.suptitle(f'Training Flow - {name} (Individual Runs)', fontsize=8)
                 for axes, kind in zip(
                     part.subplots(1, columns, squeeze=False)[0], panels, strict=True
                 ):
