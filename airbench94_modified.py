@@ -1,8 +1,8 @@
 """airbench94_baseline.py with the four changes of a report, and a cheaper recipe: --recipe fast94.
 
 `diff` of the two files is the experiment: static precomputation in CifarLoader, residual
-ConvGroups, fewer epochs with a larger batch and lr, and the data pipeline. fast94 costs 0.786 of
-the baseline's FLOP; what it attains is not settled (tests/bench/results). No GPU figure yet.
+ConvGroups, fewer epochs with a larger batch and lr, the data pipeline: -1.28 points (n = 2 and 4,
+README), no GPU figure yet. fast94 costs 0.786 of the baseline's FLOP; its accuracy is not settled.
 
     python airbench94_modified.py                                five runs and their table
     python airbench94_modified.py --trials 5 --runs 25 --quiet   the report's protocol: 125 runs

@@ -1,6 +1,7 @@
 """No figure without its log: what the READMEs show of tests/bench/results is what `show` prints."""
 
 import re
+import shlex
 import subprocess
 import sys
 
@@ -27,7 +28,7 @@ def shown_blocks():
 @pytest.mark.parametrize('command, shown', list(shown_blocks()))
 def test_a_readme_shows_what_the_log_says(command, shown):
     process = subprocess.run(
-        [sys.executable, *command.split()],
+        [sys.executable, *shlex.split(command)],
         cwd=ROOT,
         env=environment(),
         capture_output=True,
