@@ -178,8 +178,8 @@ BAD = """
 --trails=3 --tri=3 --trials --trials=0 --trials=1.5 --runs=0 --seed=-1 --seed=x --target=101
 --target=0.94 --target=nan --recipe=x --device=mps --device=cuda:99 --save=none/net.pt --hyp extra
 =3 opt.lr opt.lr=x opt=3 opt.nonsense=3 opt.batch_size=64.5 opt.batch_size=257 opt.train_epochs=0
-opt.train_epochs=-1 opt.train_epochs=nan opt.train_epochs=inf opt.small_sizes=24 aug.flip=1 net.widths=3
---lr=3 --epochs=3 --batch-size=3 lr=3 epochs=3 opt.flip=3
+opt.train_epochs=-1 opt.train_epochs=nan opt.train_epochs=inf opt.small_sizes=24 aug.flip=1
+net.widths=3 --lr=3 --epochs=3 --batch-size=3 lr=3 epochs=3 opt.flip=3
 """
 MEANT = {'--lr': 'opt.lr', '--epochs': 'opt.train_epochs', '--batch-size': 'opt.batch_size'}
 MEANT |= {'lr': 'opt.lr', 'epochs': 'opt.train_epochs', 'opt.flip': 'aug.flip'}
@@ -304,9 +304,11 @@ script.main({[*map(str, short), 'opt.train_epochs=2']})"""
 
 
 def test_disk_that_fills_ends_with_1_and_the_table_and_the_earlier_lines_stay(
-    call, short, tmp_path
+    call, baseline, short, tmp_path, monkeypatch
 ):
-    args = 'opt.batch_size=256', 'opt.train_epochs=40', '--trials', 1000, '--quiet'
+    data = baseline.synthetic_data('cpu', train=32, test=16)
+    monkeypatch.setattr(baseline, 'load_data', lambda *args: data)
+    args = 'opt.batch_size=32', 'opt.train_epochs=40', '--trials', 1000, '--quiet'
     with limited(resource.RLIMIT_FSIZE, 500 + (ROOT / 'airbench94_baseline.py').stat().st_size):
         result = call(*short, *args)
     assert_refused(result, 1)
