@@ -5,6 +5,7 @@ import copy
 import functools
 import importlib
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -23,13 +24,8 @@ configuration.set_hypothesis_home_dir(Path(tempfile.gettempdir(), 'hypothesis'))
 torch.set_num_threads(1)  # the work is tiny: on a busy machine a second thread waits for its turn
 
 # A run of a second or less: 4 steps per epoch on the 256 images of `data`.
-NARROW = {
-    'net.widths.block1': 8,
-    'net.widths.block2': 8,
-    'net.widths.block3': 8,
-    'opt.batch_size': 64,
-    'opt.train_epochs': 2.0,
-}
+NARROW = {'opt.batch_size': 64, 'opt.train_epochs': 2.0}
+NARROW |= {f'net.widths.block{i}': 8 for i in (1, 2, 3)}
 NARROW_ARGS = ['--device', 'cpu', '--hyp', *(f'{key}={value}' for key, value in NARROW.items())]
 
 
@@ -45,23 +41,16 @@ def narrow_hyp(script, **changes) -> dict:
 
 
 # ---------------------------------------- The campaign ----------------------------------------
-CAMPAIGN = 'campaign: the fault tests in their long form, with python -m pytest tests -m campaign'
-
-
 def times(short, long):
     """Parametrizes a fault test with n: the short form, and the long one in the campaign."""
     return pytest.mark.parametrize('n', [short, pytest.param(long, marks=pytest.mark.campaign)])
 
 
-def pytest_report_header(config):
-    return None if 'campaign' in config.option.markexpr else CAMPAIGN
-
-
-def pytest_collection_modifyitems(config, items):
-    if 'campaign' not in config.option.markexpr:
-        left_out = [item for item in items if item.get_closest_marker('campaign')]
-        config.hook.pytest_deselected(items=left_out)
-        items[:] = [item for item in items if item not in left_out]
+def pytest_configure(config):
+    """Leaves the long forms out, unless `-m campaign` asks for them."""
+    chosen = config.option.markexpr
+    if 'campaign' not in chosen:
+        config.option.markexpr = f'({chosen}) and not campaign' if chosen else 'not campaign'
 
 
 # ---------------------------------------- Scripts and data ----------------------------------------
@@ -129,9 +118,22 @@ def assert_refused(result, status=2):
     assert len(result.err.split()) >= 4, result.err
 
 
-def command(name, *args):
-    """The command line of a script, for subprocess."""
-    return [sys.executable, str(ROOT / f'{name}.py'), *map(str, args)]
+def runs_in_table(out):
+    """How many runs the last row of a script's table is of."""
+    return int(re.findall(r'^(?:1|Average) .*% .* \d+/(\d+) +\d+/\1$', out, re.M)[-1])
+
+
+@contextlib.contextmanager
+def limited(kind, value):
+    """This process under a limit of the operating system: resource.RLIMIT_FSIZE, RLIMIT_AS."""
+    import resource  # here, as Windows has none
+
+    before = resource.getrlimit(kind)
+    resource.setrlimit(kind, (value, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(kind, before)
 
 
 def environment(**variables):
@@ -143,36 +145,13 @@ def environment(**variables):
 def live(folder, words, **options):
     """A running process in a session of its own, which is ended with it; options of Popen.
     (A shell's background job ignores Ctrl-C and hands that down: it is undone.)"""
-    defaults = {
-        'env': environment(),
-        'stdin': subprocess.DEVNULL,
-        'stdout': subprocess.PIPE,
-        'stderr': subprocess.STDOUT,
-        'text': True,
-        'start_new_session': True,
-        'preexec_fn': lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
-    }
-    process = subprocess.Popen(words, cwd=folder, **{**defaults, **options})
+    pipes = dict(stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    options = {'env': environment(), **pipes, 'text': True, 'start_new_session': True, **options}
+    ctrl_c = functools.partial(signal.signal, signal.SIGINT, signal.default_int_handler)
+    process = subprocess.Popen(words, cwd=folder, preexec_fn=ctrl_c, **options)
     try:
         yield process
     finally:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
         process.communicate()
-
-
-@pytest.fixture
-def run(tmp_path):
-    """run(name, *args, **variables): a script's command line in an empty folder, finished."""
-
-    def run(name, *args, **variables):
-        return subprocess.run(
-            command(name, *args),
-            cwd=tmp_path,
-            env=environment(**variables),
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            text=True,
-        )
-
-    return run
