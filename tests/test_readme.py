@@ -1,9 +1,8 @@
 """Every fenced block of a README runs as it stands.
 
 The ```python blocks run in their order in one process, in a folder with a small ./cifar10 and the
-scripts importable. Commands in ```bash blocks are checked by their parsers. Those with --synthetic
-are also started as they stand: in the ordinary suite until the first epoch begins, in the campaign
-to their end.
+scripts. Commands in ```bash blocks are checked by their parsers; those with --synthetic are also
+started: in the ordinary suite until the first epoch begins, in the campaign to their end.
 """
 
 import importlib
@@ -15,6 +14,7 @@ import sys
 
 import pytest
 import torch
+from bench.cli import make_parser
 from conftest import ROOT, SCRIPTS, environment, live
 
 READMES = ['README.md', 'tests/README.md', 'tests/bench/README.md']
@@ -23,20 +23,14 @@ KNOWN = ('python', 'torchrun', 'pip', 'cp', 'git', 'cd')  # what a block may beg
 
 def blocks(readme, language):
     """The fenced blocks of a language in a README."""
-    path = ROOT / readme
-    text = path.read_text() if path.exists() else ''
-    return re.findall(rf'^```{language}\n(.*?)^```$', text, re.M | re.S)
+    return re.findall(rf'^```{language}\n(.*?)^```$', (ROOT / readme).read_text(), re.M | re.S)
 
 
 def commands(readme):
     """The words of each command in the bash blocks: lines, without comments, split at &&."""
     for block in blocks(readme, 'bash'):
-        for line in block.replace('\\\n', ' ').splitlines():
-            words = shlex.split(line, comments=True)
-            while '&&' in words:
-                yield words[: words.index('&&')]
-                words = words[words.index('&&') + 1 :]
-            if words:
+        for line in re.split('\n|&&', block.replace('\\\n', ' ')):
+            if words := shlex.split(line, comments=True):
                 yield words
 
 
@@ -70,47 +64,32 @@ def test_readme_has_blocks_of_both_kinds_and_the_documented_commands():
 
 # The scripts' own hyp would train a whole network for minutes: a narrow one takes its place.
 NARROW = """
+import airbench94_baseline, airbench94_modified
 for script in airbench94_baseline, airbench94_modified:
-    for key, value in ('train_epochs', 1.0), ('batch_size', 64):
-        script.hyp['opt'][key] = value
-    script.hyp['net']['widths'] = dict.fromkeys(('block1', 'block2', 'block3'), 8)
-    for recipe in script.RECIPES.values():
-        for key in {'opt.train_epochs', 'opt.batch_size'} & {*recipe}:
-            recipe[key] = {'opt.train_epochs': 1.0, 'opt.batch_size': 64}[key]
+    script.hyp['opt'] |= {'train_epochs': 1.0, 'batch_size': 64}
+    script.hyp['net']['widths'] = {'block1': 8, 'block2': 8, 'block3': 8}
 """
 
 
 @pytest.mark.parametrize('readme', [name for name in READMES if blocks(name, 'python')])
 def test_python_blocks_run_in_their_order(readme, folder):
-    source = 'import airbench94_baseline, airbench94_modified\n' + NARROW
-    source += '\n'.join(blocks(readme, 'python'))
-    (folder / 'readme_blocks.py').write_text(source)
-    process = subprocess.run(
-        [sys.executable, 'readme_blocks.py'],
-        cwd=folder,
-        env=environment(),
-        capture_output=True,
-        text=True,
-    )
+    source = NARROW + '\n'.join(blocks(readme, 'python'))
+    options = {'cwd': folder, 'env': environment(), 'capture_output': True, 'text': True}
+    process = subprocess.run([sys.executable, '-c', source], **options)
     assert process.returncode == 0, process.stderr
 
 
 @pytest.mark.parametrize('words', TRAINING, ids=ids)
-def test_options_of_the_scripts_are_known(words, baseline, modified, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    script = {'airbench94_baseline.py': baseline, 'airbench94_modified.py': modified}[words[1]]
-    args = script.parse_args(words[2:])
-    assert script.changed_hyp(args.changes)
+def test_options_of_the_scripts_are_known(words):
+    script = importlib.import_module(words[1].removesuffix('.py'))
+    assert script.changed_hyp(script.parse_args(words[2:]).changes)
 
 
 @pytest.mark.parametrize('words', TOOL, ids=ids)
 def test_options_of_the_tool_are_known(words, folder):
-    subcommand, *rest = options = words[words.index('tests/bench') + 1 :]
-    if subcommand == 'speed':
-        importlib.import_module('bench.speed').make_parser().parse_args(rest)
-    else:
-        importlib.import_module('bench.cli').make_parser().parse_args(options)
-    assert all((folder / word.partition(':')[0]).exists() for word in rest if '.py' in word)
+    options = words[words.index('tests/bench') + 1 :]
+    make_parser().parse_args(options)
+    assert all((folder / word.partition(':')[0]).exists() for word in options if '.py' in word)
 
 
 @pytest.mark.parametrize('words', SYNTHETIC, ids=ids)
