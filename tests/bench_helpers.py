@@ -1,18 +1,20 @@
 """Ways to run the tool on bench_fake.py, and to read what it printed and logged."""
 
+import contextlib
+import io
 import json
-import os
+import re
 import sys
 from pathlib import Path
 
-BENCH = Path(__file__).resolve().parent / 'bench'
+from bench import cli
 
-FAKE = (BENCH.parent / 'bench_fake.py').read_text()
+BENCH = Path(__file__).resolve().parent / 'bench'
 
 
 def write_fake(folder: Path, name: str = 'fake.py', *changes: tuple) -> Path:
     """The fake script in a folder, with (old, new) put in."""
-    text = FAKE
+    text = BENCH.with_name('bench_fake.py').read_text()
     for old, new in changes:
         assert text.count(old) == 1, old
         text = text.replace(old, new)
@@ -30,9 +32,17 @@ def command(*args, processes: int | None = None) -> list[str]:
     return [*words, str(BENCH), *map(str, args)]
 
 
-def log_of(folder: Path) -> Path:
-    """The one log folder under a folder."""
-    (log,) = (folder / 'logs').iterdir()
+def tool(*args) -> tuple[int, str, str]:
+    """The tool in this process: its exit status, and what it prints on stdout and on stderr."""
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        status = cli.main([str(arg) for arg in args])
+    return status, out.getvalue(), err.getvalue()
+
+
+def log_of(logs: str | Path = 'logs') -> Path:
+    """The one log folder in a folder of logs."""
+    (log,) = Path(logs).iterdir()
     return log
 
 
@@ -49,24 +59,19 @@ def outcomes(log: Path) -> list[tuple]:
     return sorted(found)
 
 
-def report_of(out: str) -> list[str]:
-    """The lines of a report from the table to the method, which the same runs give again."""
-    start = out.index('\nArm ') + 1 if not out.startswith('Arm ') else 0
-    return [line.rstrip() for line in out[start : out.index('\ncpu (')].splitlines()]
+def result_of(out: str) -> tuple[str, list]:
+    """What the same runs give, however they were made: the report down to its method, and the runs
+    in the log that it names."""
+    report = f'\n{out}'.split('\nArm ')[1].split('\ncpu (')[0]
+    return report, outcomes(Path(out.rpartition('\nLog: ')[2].strip()))
 
 
 def rows(out: str) -> list[tuple]:
-    """(turn, accuracy in percent) of each printed row of a finished run."""
-    words = [line.split() for line in out.splitlines()]
-    return [
-        (int(row[0]), text.rstrip('%'))
-        for row in words
-        for text in row[2:5]
-        if row[0].isdigit() and text.endswith('%')
-    ]
+    """(turn, accuracy in percent) of each row of a finished run, above the report."""
+    found = re.findall(r'^ *(\d+)  .* (\d+\.\d\d)%', out.split('\nArm ')[0], re.M)
+    return [(int(turn), accuracy) for turn, accuracy in found]
 
 
-def memory_of(pid: int) -> float:
-    """Resident MiB of a process (Linux)."""
-    pages = int(Path(f'/proc/{pid}/statm').read_text().split()[1])
-    return pages * os.sysconf('SC_PAGE_SIZE') / 2**20
+def logged(log: Path) -> list[tuple]:
+    """What `rows` must give for the runs of a log."""
+    return [(run['run'], f'{100 * run["tta_acc"]:.2f}') for run in lines(log)]

@@ -4,38 +4,25 @@ import math
 
 import numpy as np
 import pytest
-from bench import stats
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from bench import report, stats
 from scipy import stats as scipy_stats
 
-POINTS = st.floats(0, 100).map(lambda x: round(x, 3))
-SAMPLES = st.lists(POINTS, min_size=2, max_size=20)
+pytestmark = pytest.mark.filterwarnings('error')
 
 
-@pytest.mark.filterwarnings('error')
-@pytest.mark.parametrize('sizes', [(2, 2), (2, 9), (25, 25), (40, 7), (125, 1000)])
-def test_welch_gives_scipys_test_and_interval(sizes):
+@pytest.mark.parametrize('sizes', [(2, 2), (2, 9), (40, 7), (125, 1000)])
+def test_mean_and_difference_have_scipys_test_and_intervals(sizes):
     rng = np.random.default_rng(sizes)
     for shift, scale in ((0, 1), (0.7, 3), (2.5, 0.2)):
         a, b = rng.normal(90 + shift, scale, sizes[0]), rng.normal(90, 1, sizes[1])
         expected, found = scipy_stats.ttest_ind(a, b, equal_var=False), stats.welch(a, b, 0.9)
+        assert found.value == pytest.approx(a.mean() - b.mean())
         assert found.p == pytest.approx(expected.pvalue, rel=1e-9)
         assert (found.low, found.high) == pytest.approx(tuple(expected.confidence_interval(0.9)))
+        expected = scipy_stats.ttest_1samp(a, 0).confidence_interval(0.9)
+        assert (stats.mean(a, 0.9).low, stats.mean(a, 0.9).high) == pytest.approx(tuple(expected))
 
 
-@settings(max_examples=60, deadline=None)
-@given(SAMPLES, SAMPLES)
-def test_welch_turns_its_sign_with_the_samples(a, b):
-    one, other = stats.welch(a, b), stats.welch(b, a)
-    assert one.value == -other.value and one.low == -other.high
-    assert one.low <= one.value <= one.high and 0 <= one.p <= 1
-    assert (one.p < 0.05) == (one.low > 0 or one.high < 0) or math.isclose(
-        one.p, 0.05, abs_tol=1e-6
-    )
-
-
-@pytest.mark.filterwarnings('error')
 @pytest.mark.parametrize('level, p', [(94.0, 1), (93.5, 0)])
 def test_samples_without_variance_are_certain(level, p):
     found = stats.welch([level] * 3, [94.0] * 4)
@@ -44,16 +31,9 @@ def test_samples_without_variance_are_certain(level, p):
     assert ratio.low == pytest.approx(level / 94) == ratio.high
 
 
-@pytest.mark.filterwarnings('error')
 def test_one_run_has_no_interval():
     assert math.isnan(stats.welch([94.0], [93.0, 94.0]).p) and math.isnan(stats.mean([94.0]).low)
     assert math.isnan(stats.ratio([3.0], [3.0]).low) and math.isnan(stats.std([3.0]))
-
-
-def test_mean_has_students_interval():
-    x = np.random.default_rng(0).normal(94, 0.13, 25)
-    expected = scipy_stats.t.interval(0.95, 24, x.mean(), scipy_stats.sem(x))
-    assert (stats.mean(x).low, stats.mean(x).high) == pytest.approx(expected)
 
 
 def test_interval_of_a_ratio_of_clocks_covers_it_95_times_in_100():
@@ -77,14 +57,11 @@ def test_runs_diverge_by_loss_dead_or_fallen():
     assert stats.diverged([94, 94], [[math.log(5)]] * 2, [10, 10]) == [False, False]
 
 
-# ---------------------------------------- Looks ----------------------------------------
-
-
-@settings(max_examples=60, deadline=None)
-@given(st.integers(1, 10**5))
-def test_looks_rise_to_the_last_run(runs):
-    looks = stats.planned_looks(runs)
-    assert looks[-1] == runs and looks == sorted(set(looks)) and len(looks) < 30
+def test_looks_rise_to_the_last_run():
+    assert stats.planned_looks(100) == [5, 8, 12, 18, 27, 41, 62, 100]
+    for runs in range(1, 200):
+        looks = stats.planned_looks(runs)
+        assert looks[-1] == runs and looks == sorted(set(looks))
 
 
 @pytest.mark.parametrize('looks, boundary', [(1, 1.960), (2, 2.178), (5, 2.413), (10, 2.555)])
@@ -105,49 +82,30 @@ def test_false_alarms_over_all_looks_stay_at_5_percent(runs):
     assert 0.03 < rate <= 0.05 + 3 * math.sqrt(0.05 * 0.95 / n)
 
 
-def simulate(differences, n, seed=0, runs=100, std=0.13, points=0.1):
+def simulate(differences, n, runs=100, std=0.13, points=0.1):
     """The decisions of n experiments with --until-sure, whose arms differ so much."""
-    looks = stats.planned_looks(runs)
-    p, rng = stats.nominal_p(looks, stats.ALPHA / len(differences)), np.random.default_rng(seed)
+    looks, p = report.sequential_plan(runs, len(differences))
+    rng = np.random.default_rng(0)
     for _ in range(n):
         reference = rng.normal(94, std, runs)
-        yield [
-            stats.sequential(rng.normal(94 + d, std, runs), reference, looks, p, points)
-            for d in differences
-        ]
+        samples = [rng.normal(94 + difference, std, runs) for difference in differences]
+        yield [stats.sequential(sample, reference, looks, p, points) for sample in samples]
 
 
 def test_false_alarms_of_several_arms_together_stay_at_5_percent():
-    n = 500
-    wrong = sum(
-        any(d.verdict in ('better', 'worse') for d in decisions)
-        for decisions in simulate([0.0, 0.0, 0.0], n)
-    )
-    assert wrong / n <= 0.05 + 3 * math.sqrt(0.05 * 0.95 / n)
+    n, alarms = 500, {'better', 'worse'}
+    wrong = [alarms & {arm.verdict for arm in arms} != set() for arms in simulate([0.0] * 3, n)]
+    assert np.mean(wrong) <= 0.05 + 3 * math.sqrt(0.05 * 0.95 / n)
 
 
-@pytest.mark.parametrize(
-    'difference, verdict, power, most',
-    [
-        (0.3, 'better', 0.99, 8),
-        (-0.2, 'worse', 0.99, 15),
-        (0.1, 'better', 0.98, 50),
-        (0, 'equal', 0.93, 55),
-    ],
-)
+SAVED = [(0.3, 'better', 0.99, 8), (-0.2, 'worse', 0.99, 15)]
+SAVED += [(0.1, 'better', 0.98, 50), (0, 'equal', 0.93, 55)]
+
+
+@pytest.mark.parametrize('difference, verdict, power, most', SAVED)
 def test_looking_saves_runs(difference, verdict, power, most):
     decisions = [found for (found,) in simulate([difference], 300)]
     share = np.mean([decision.verdict == verdict for decision in decisions])
     made = np.mean([decision.n for decision in decisions])
     print(f'{difference:+.1f} points: {made:.1f} of 100 runs per arm, {verdict} {share:.1%}')
     assert share >= power - 0.03 and made < most
-
-
-def test_decision_is_that_of_the_first_look_that_made_one():
-    looks, rng = [5, 8, 12], np.random.default_rng(3)
-    a, b = rng.normal(95, 0.1, 12), rng.normal(94, 0.1, 12)
-    early = stats.sequential(a, b, looks, 0.02, 0.1)
-    assert (early.verdict, early.n, early.look) == ('better', 5, 1)
-    later = np.append(a[:5], np.full(7, 90.0))  # what comes after a decision does not change it
-    assert stats.sequential(later, b, looks, 0.02, 0.1) == early
-    assert stats.sequential(a[:4], b, looks, 0.02, 0.1).verdict == 'undecided'
