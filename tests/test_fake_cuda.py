@@ -7,7 +7,7 @@ import itertools
 import pytest
 import torch
 import torch._inductor.compile_fx
-from conftest import narrow_hyp
+from conftest import SCRIPTS, narrow_hyp
 from functorch.compile import make_boxed_func
 from torch import nn
 from torch._dynamo.backends.common import aot_autograd
@@ -40,33 +40,24 @@ class Watch(TorchDispatchMode):
 
 def convert(module, function, recurse=True):
     """nn.Module._apply for fake tensors, which cannot be swapped with those that they replace."""
-    for child in module.children():
-        convert(child, function)
-    with torch.no_grad():
-        for name, parameter in module._parameters.items():
-            if parameter is not None:
-                new = nn.Parameter(function(parameter), parameter.requires_grad)
-                module._parameters[name] = new
-        for name, buffer in module._buffers.items():
-            module._buffers[name] = buffer if buffer is None else function(buffer)
+    for part in module.modules():
+        for name, weight in part.named_parameters(recurse=False):
+            part._parameters[name] = nn.Parameter(function(weight.detach()), weight.requires_grad)
+        for name, buffer in part.named_buffers(recurse=False):
+            part._buffers[name] = function(buffer)
     return module
-
-
-def leaves(node, seen):
-    """The parameters that a loss depends on."""
-    if node is None or node in seen:
-        return
-    seen.add(node)
-    if hasattr(node, 'variable'):
-        yield node.variable
-    for parent, _ in node.next_functions:
-        yield from leaves(parent, seen)
 
 
 def backward(loss):
     """torch.Tensor.backward, without a device to run it on: gradients like their parameters."""
-    for parameter in leaves(loss.grad_fn, set()):
-        parameter.grad = torch.empty_like(parameter)
+    todo, seen = [loss.grad_fn], {None}
+    while todo:
+        node = todo.pop()
+        if node not in seen:
+            seen.add(node)
+            todo += [parent for parent, _ in node.next_functions]
+            if hasattr(node, 'variable'):
+                node.variable.grad = torch.empty_like(node.variable)
 
 
 @pytest.fixture
@@ -94,8 +85,7 @@ def fake_data(train=2048, test=1000):
     return data
 
 
-RUNS = [('airbench94_baseline', 'report'), ('airbench94_modified', 'report')]
-RUNS += [('airbench94_modified', 'fast94')]
+RUNS = [(name, 'report') for name in SCRIPTS] + [('airbench94_modified', 'fast94')]
 
 
 @pytest.mark.parametrize('name, recipe', RUNS)
@@ -106,16 +96,15 @@ def test_a_run_on_cuda_is_half_precision_channels_last_and_waits_once_an_epoch(
     script, waits = importlib.import_module(name), []
     changes = {**script.RECIPES[recipe], 'opt.batch_size': 1024, 'opt.train_epochs': 3.0}
     changes |= {'opt.whiten_bias_epochs': 1}
-    if 'opt.small_sizes' in changes:
+    if recipe == 'fast94':
         changes['opt.small_sizes'] = changes['opt.small_sizes'][:2]
     hyp = narrow_hyp(script, **changes)
     with Watch() as watch:
-        _, net = script.train(
-            fake_data(), 0, hyp=hyp, quiet=True, on_epoch=lambda row: waits.append(watch.waits)
-        )
-    for parameter_name, parameter in net.named_parameters():
-        kind = torch.float32 if 'norm' in parameter_name else torch.float16
-        assert parameter.dtype == kind and parameter.device == torch.device('cuda:0')
+        on_epoch = {'on_epoch': lambda row: waits.append(watch.waits)}
+        _, net = script.train(fake_data(), 0, hyp=hyp, quiet=True, **on_epoch)
+    for weight_name, weight in net.named_parameters():
+        kind = torch.float32 if 'norm' in weight_name else torch.float16
+        assert weight.dtype == kind and weight.device == torch.device('cuda:0')
     assert waits == [2, 4]  # loss and accuracy of each epoch, nothing in a step
     assert watch.waits == 7  # and the accuracy in the end
     assert watch.updates == 3 * 2 * 2  # steps, groups of parameters
@@ -128,65 +117,54 @@ def test_a_run_on_cuda_is_half_precision_channels_last_and_waits_once_an_epoch(
 
 # ---------------------------------------- --compile ----------------------------------------
 @pytest.fixture
-def compiled_graphs(monkeypatch):
-    """compiled_graphs(script): what compile_net has the compiler make of a step, in half precision
-    as on CUDA: forward and backward, by rules that do not depend on the device."""
+def nothing_compiled():
+    torch.compiler.reset()
+    yield
+    torch.compiler.reset()
+
+
+def test_compiled_graphs_are_whole_half_precision_and_without_atomics(
+    script, nothing_compiled, monkeypatch
+):
+    """Forward and backward of a step in half precision, as compile_net hands them to the compiler
+    on CUDA: the rules by which they are made do not depend on the device."""
     graphs = []
 
     def keep(graph, inputs):
         """Results of the right form, without values: not every operator is there in half."""
         graphs.append(graph)
         (results,) = [node.args[0] for node in graph.graph.nodes if node.op == 'output']
-        values = [result if result is None else result.meta['val'] for result in results]
 
-        def empty(*inputs):
-            return [
-                value
-                if value is None
-                else torch.empty_strided(value.shape, value.stride(), dtype=value.dtype)
-                for value in values
-            ]
+        def empty(result):
+            if result is None:  # a gradient that nobody needs
+                return None
+            value = result.meta['val']
+            return torch.empty_strided(value.shape, value.stride(), dtype=value.dtype)
 
-        return make_boxed_func(empty)
+        return make_boxed_func(lambda *inputs: [empty(result) for result in results])
 
     def compile_fx(graph, inputs, config_patches=None, decompositions=None):
         compiler = aot_autograd(fw_compiler=keep, bw_compiler=keep, decompositions=decompositions)
         return compiler(graph, inputs)
 
-    def compiled_graphs(script):
-        graphs.clear()
-        torch.compiler.reset()
-        net = script.make_net(narrow_hyp(script), 'cpu').train()
-        images = torch.randn(4, 3, 32, 32).to(torch.float16, memory_format=torch.channels_last)
-        script.compile_net(net)(images).float().sum().backward()
-        return graphs
-
     monkeypatch.setattr(torch._inductor.compile_fx, 'compile_fx', compile_fx)
-    for name in ('airbench94_baseline', 'airbench94_modified'):
-        monkeypatch.setitem(importlib.import_module(name).DTYPE, 'cpu', torch.float16)
-    yield compiled_graphs
-    torch.compiler.reset()
-
-
-def operators(graphs):
-    return [node for graph in graphs for node in graph.graph.nodes if node.op == 'call_function']
-
-
-def test_compiled_graphs_are_whole_half_precision_and_without_atomics(script, compiled_graphs):
-    graphs = compiled_graphs(script)
+    monkeypatch.setitem(script.DTYPE, 'cpu', torch.float16)
+    net = script.make_net(narrow_hyp(script), 'cpu').train()
+    images = torch.randn(4, 3, 32, 32).to(torch.float16, memory_format=torch.channels_last)
+    script.compile_net(net)(images).float().sum().backward()
     assert len(graphs) == 2  # forward and backward: nothing breaks them
-    names = [str(node.target) for node in operators(graphs)]
+    nodes = [node for graph in graphs for node in graph.graph.nodes if node.op == 'call_function']
+    names = [str(node.target) for node in nodes]
     assert names.count('aten.max_pool2d_with_indices_backward.default') >= 4
     assert not [name for name in names if 'scatter' in name or 'index_put' in name]
-    convolutions = [node for node in operators(graphs) if 'convolution' in str(node.target)]
+    convolutions = [node for node in nodes if 'convolution' in str(node.target)]
     assert len(convolutions) == 14 + 6 * ('modified' in script.__name__)  # each way
     for node in convolutions:
         assert all(argument.meta['val'].dtype == torch.float16 for argument in node.args[:2])
 
 
-def test_a_compiled_step_is_the_eager_one(modified, float32):
+def test_a_compiled_step_is_the_eager_one(modified, float32, nothing_compiled):
     """In float32, on a CPU, by Inductor."""
-    torch.compiler.reset()
     hyp, results = narrow_hyp(modified), []
     eager, compiled = (modified.make_net(hyp, 'cpu').train() for _ in range(2))
     compiled.load_state_dict(eager.state_dict())
@@ -199,4 +177,3 @@ def test_a_compiled_step_is_the_eager_one(modified, float32):
         results.append({'loss': loss, 'logits': logits, **net.state_dict()})
     for name, value in results[0].items():
         torch.testing.assert_close(results[1][name], value, rtol=1e-4, atol=1e-4, msg=name)
-    torch.compiler.reset()

@@ -28,32 +28,24 @@ def marks(case):
 PARAMS = [pytest.param(case, marks=[*marks(case)], id=case.replace(' ', '-')) for case in CASES]
 
 
-@pytest.fixture(scope='module')
-def images(baseline):
-    """images(name): the training and test images of a case."""
-
-    def images(name):
-        if name == 'synthetic':
-            return baseline.synthetic_data('cpu', 1536, 200)
-        data = baseline.load_data(DATA, 'cpu')
-        for split, n in (('train', 1536), ('test', 200)):
-            for key in ('images', 'labels'):
-                data[split][key] = data[split][key][:n]
-        return data
-
-    return images
+def images(name, script):
+    """The training and test images of a case."""
+    if name == 'synthetic':
+        return script.synthetic_data('cpu', 1536, 200)
+    data = script.load_data(DATA, 'cpu')
+    for split, n in (('train', 1536), ('test', 200)):
+        data[split] |= {key: data[split][key][:n] for key in ('images', 'labels')}
+    return data
 
 
 @pytest.mark.parametrize('case', PARAMS)
-def test_losses_and_accuracies_are_those_of_the_landed_code(
-    case, images, baseline, modified, float32
-):
+def test_losses_and_accuracies_are_those_of_the_landed_code(case, baseline, modified, float32):
     name, script, recipe, _ = case.split()
     module = {'baseline': baseline, 'modified': modified}[script]
     expected = CASES[case]
     widths = {f'net.widths.{key}': width for key, width in module.hyp['net']['widths'].items()}
     hyp = narrow_hyp(module, **{**widths, **expected['hyp']})
-    record, net = module.train(images(name), 1, hyp, 'cpu')
+    record, net = module.train(images(name, module), 1, hyp, 'cpu')
 
     def column(key):
         return [row[key] for row in record['epochs']]

@@ -1,5 +1,7 @@
-"""One training from scratch: what it depends on, what it times and records, and that it learns."""
+"""One training from scratch: what it depends on, what it times and records, and edits of it."""
 
+import functools
+import inspect
 import json
 import math
 import subprocess
@@ -10,6 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import ROOT, environment, narrow_hyp
+from torch import nn
 
 TIMES = ('clock_seconds', 'eval_seconds', 'wall_seconds')
 ROW = {'epoch', 'train_loss', 'train_acc', 'test_acc', 'clock_seconds', 'eval_seconds'}
@@ -33,27 +36,20 @@ def run(script, data, seed=1, quiet=True, **changes):
     return script.train(data, seed, narrow_hyp(script, **changes), 'cpu', quiet=quiet)
 
 
-def with_classes(data, n):
-    """The same images in so many classes."""
-    changed = {}
-    for name, split in data.items():
-        labels = torch.arange(len(split['labels'])) % n
-        changed[name] = {**split, 'labels': labels, 'classes': [f'class {i}' for i in range(n)]}
-    return changed
-
-
 @pytest.fixture
-def idle(script, monkeypatch):
-    """Each script with steps that do not train: losses 64, 128, ..., 16 of 64 predictions wrong."""
-    losses = iter(range(64, 10**6, 64))
+def steps(baseline, modified, monkeypatch):
+    """Makes the steps of both scripts idle: losses 64, 128, ..., 16 of 64 predictions wrong.
+    A list of the images and targets that each was given."""
+    steps = []
 
     def train_step(net, optimizer, images, targets, whiten_bias_grad):
-        wrong = torch.arange(64) >= 48
-        answers = (targets.argmax(1) + wrong) % 10
-        return torch.tensor(float(next(losses))), torch.eye(10)[answers]
+        steps.append((images, targets))
+        answers = (targets.argmax(1) + (torch.arange(64) >= 48)) % 10
+        return torch.tensor(64.0 * len(steps)), torch.eye(10)[answers]
 
-    monkeypatch.setattr(script, 'train_step', train_step)
-    return script
+    for script in (baseline, modified):
+        monkeypatch.setattr(script, 'train_step', train_step)
+    return steps
 
 
 # ---------------------------------------- What a run depends on -----------------------------------
@@ -72,8 +68,13 @@ torch.save((script.json.dumps(record), net.state_dict()), 'alone.pt')"""
     assert_same_state(net, state)
 
 
-def test_another_seed_is_another_run(script, data):
-    assert results(run(script, data, 1)[0]) != results(run(script, data, 2)[0])
+def test_a_network_that_is_given_is_drawn_anew(script, data):
+    """As with --compile: neither old weights nor statistics nor momentum stay."""
+    expected, fresh = run(script, data, 2)
+    other, net = run(script, data, 1)
+    record, again = script.train(data, 2, narrow_hyp(script), 'cpu', net=net, quiet=True)
+    assert again is net and results(record) == results(expected) != results(other)
+    assert_same_state(net, fresh.state_dict())
 
 
 def test_evaluating_every_epoch_does_not_change_a_run(script, data):
@@ -82,222 +83,151 @@ def test_evaluating_every_epoch_does_not_change_a_run(script, data):
 
 
 def test_a_run_leaves_hyp_and_data_as_they_were(script, data):
-    own, hyp = json.dumps(script.hyp), narrow_hyp(script, small_sizes=[24])
-    before, images = json.dumps(hyp), data['train']['images'].clone()
+    hyp = narrow_hyp(script, small_sizes=[24])
+    before, images = json.dumps([script.hyp, hyp]), data['train']['images'].clone()
     record, _ = script.train(data, 1, hyp, 'cpu', quiet=True)
-    assert (json.dumps(script.hyp), json.dumps(hyp)) == (own, before)
+    assert json.dumps([script.hyp, hyp]) == before and record['hyp'] == script.flatten(hyp)
     assert torch.equal(data['train']['images'], images)
-    assert record['hyp'] == script.flatten(hyp) and record['hyp']['opt.small_sizes'] == [24]
 
 
-def test_a_network_that_is_given_is_drawn_anew(script, data):
-    """As with --compile: neither old weights nor statistics nor momentum stay."""
-    expected, fresh = run(script, data, 2)
-    _, net = run(script, data, 1)
-    hyp = narrow_hyp(script)
-    record, again = script.train(data, 2, hyp, 'cpu', net=net, quiet=True)
-    assert again is net and results(record) == results(expected)
-    assert_same_state(net, fresh.state_dict())
-
-
-def test_both_scripts_train_on_the_same_batches(baseline, modified, data, monkeypatch):
-    streams = {}
+def test_both_scripts_train_on_the_same_batches(baseline, modified, steps, data):
     for script in (baseline, modified):
-        stream = streams[script] = []
-
-        def train_step(net, optimizer, images, targets, whiten_bias_grad, stream=stream):
-            stream.append((images, targets))
-            return torch.zeros(()), targets
-
-        monkeypatch.setattr(script, 'train_step', train_step)
         run(script, data, train_epochs=1.5)
-    assert [len(stream) for stream in streams.values()] == [6, 6]
-    for pair in zip(*streams.values(), strict=True):
+    for pair in zip(steps[:6], steps[6:], strict=True):
         assert all(map(torch.equal, *pair))
 
 
-def test_whitening_takes_the_first_5000_normalized_unaugmented_images(idle, monkeypatch):
-    given = []
+def test_the_first_epochs_train_on_small_images(script, steps, data):
+    for small_sizes in ([16, 24], []):
+        run(script, data, train_epochs=3.0, small_sizes=small_sizes)
+    sizes = [16] * 4 + [24] * 4 + [32] * 4
+    for (batch, _), (expected, _), size in zip(steps[:12], steps[12:], sizes, strict=True):
+        if size < 32:
+            expected = F.interpolate(expected, size=size, mode='bilinear', antialias=True)
+        assert torch.equal(batch, expected) and batch.shape[-1] == size
 
-    def init_whitening(net, images):
-        given.append(images)
 
-    monkeypatch.setattr(idle.CifarNet, 'init_whitening', init_whitening)
-    data = idle.synthetic_data('cpu', train=5003, test=10)
-    run(idle, data, train_epochs=0.001)
+def test_whitening_takes_the_first_5000_normalized_unaugmented_images(script, steps, monkeypatch):
+    given, data = [], script.synthetic_data('cpu', train=5003, test=10)
+    monkeypatch.setattr(script.CifarNet, 'init_whitening', lambda net, x: given.append(x))
+    run(script, data, train_epochs=0.001)
     raw = data['train']['images'][:5000].permute(0, 3, 1, 2) / 255
-    assert torch.equal(given[0], idle.CifarLoader.normalize(raw))
+    assert torch.equal(given[0], script.CifarLoader.normalize(raw))
 
 
-# ---------------------------------------- Epochs and sizes ----------------------------------------
-EPOCHS = [(2.0, 8, 2), (2.25, 9, 3), (2.26, 10, 3), (1.01, 5, 2), (0.1, 1, 1)]
-
-
-@pytest.mark.parametrize('epochs, total, rows', EPOCHS)
-def test_epochs_may_be_fractional(epochs, total, rows, idle, data):
-    steps, shown = [], []
-    hyp = narrow_hyp(idle, train_epochs=epochs)
-    watch = {'on_step': lambda *args: steps.append(args), 'on_epoch': shown.append}
-    record, _ = idle.train(data, 1, hyp, 'cpu', **watch)
-    assert steps == [(step, total) for step in range(1, total + 1)]
+@pytest.mark.parametrize('epochs, total, rows', [(2.0, 8, 2), (2.26, 10, 3), (0.1, 1, 1)])
+def test_epochs_may_be_fractional(epochs, total, rows, script, steps, data):
+    calls, shown = [], []
+    watch = {'on_step': lambda *args: calls.append(args), 'on_epoch': shown.append}
+    record, _ = script.train(data, 1, narrow_hyp(script, train_epochs=epochs), 'cpu', **watch)
+    assert calls == [(step, total) for step in range(1, total + 1)] and len(steps) == total
     assert [row['epoch'] for row in record['epochs']] == [*range(1, rows + 1)]
     assert shown == record['epochs'][:-1]  # the last one comes with the accuracy with TTA
 
 
-def test_the_first_epochs_train_on_small_images(script, data, monkeypatch):
-    given, train_step = [], script.train_step
-
-    def recorder(net, optimizer, images, *args):
-        given.append(images)
-        return train_step(net, optimizer, images, *args)
-
-    monkeypatch.setattr(script, 'train_step', recorder)
-    run(script, data, train_epochs=3.0, small_sizes=[16, 24])
-    small, given[:] = [*given], []
-    run(script, data, train_epochs=3.0)
-    for batch, whole, size in zip(small, given, [16] * 4 + [24] * 4 + [32] * 4, strict=True):
-        expected = whole
-        if size < 32:
-            expected = F.interpolate(whole, size=size, mode='bilinear', antialias=True)
-        assert torch.equal(batch, expected) and batch.shape[-1] == size
-
-
-@pytest.mark.parametrize('changes', [{'batch_size': 257}, {'train_epochs': 0.0}])
-def test_a_run_without_a_step_is_an_error(changes, script, data):
+def test_a_run_without_a_step_is_an_error(script, data):
     with pytest.raises(script.UserError):
-        run(script, data, **changes)
+        run(script, data, batch_size=257)
 
 
 # ---------------------------------------- Clock ----------------------------------------
-@pytest.fixture
-def tick(idle, monkeypatch):
-    """tick(owner, name): time stands still, but for one second per call of that function."""
-    seconds = [0.0]
-    monkeypatch.setattr(idle, 'time', SimpleNamespace(perf_counter=lambda: seconds[0]))
-
-    def tick(owner, name):
-        function = getattr(owner, name)
-
-        def slow(*args, **kwargs):
-            seconds[0] += 1
-            return function(*args, **kwargs)
-
-        monkeypatch.setattr(owner, name, slow)
-
-    return tick
-
-
 ON_THE_CLOCK = [  # clock, evaluation, wall
     ('make_net', (0, 0, 1)),
     ('make_optimizer', (0, 0, 1)),
     ('CifarLoader.__init__', (2, 0, 2)),
+    ('CifarLoader.normalize', (3, 0, 3)),  # training and test images, those for the whitening
     ('CifarNet.init_whitening', (1, 0, 1)),
     ('LookaheadState.__init__', (1, 0, 1)),
     ('LookaheadState.update', (2, 0, 2)),  # after steps 5 and 8
     ('train_step', (8, 0, 8)),
-    ('evaluate', (0, 2, 2)),
     ('infer', (1, 2, 3)),
+    ('on_epoch', (0, 0, 1)),
 ]
 
 
-@pytest.mark.parametrize('name, seconds', ON_THE_CLOCK)
-def test_what_is_on_the_clock_of_two_epochs_of_four_steps(name, seconds, idle, tick, data):
-    owner, _, method = name.rpartition('.')
-    tick(getattr(idle, owner) if owner else idle, method)
-    record, _ = run(idle, data, quiet=False)
-    assert tuple(record[key] for key in TIMES) == seconds
+@pytest.mark.parametrize('name, expected', ON_THE_CLOCK)
+def test_what_is_on_the_clock_of_8_steps(name, expected, script, steps, data, monkeypatch):
+    """Time stands still, but for one second per call of the function of that name."""
+    monkeypatch.setattr(script, 'on_epoch', lambda row: None, raising=False)
+    *owners, method = name.split('.')
+    owner = functools.reduce(getattr, owners, script)
+    function, seconds = getattr(owner, method), [0]
+
+    def slow(*args, **kwargs):
+        seconds[0] += 1
+        return function(*args, **kwargs)
+
+    static = isinstance(inspect.getattr_static(owner, method), staticmethod)
+    monkeypatch.setattr(owner, method, staticmethod(slow) if static else slow)
+    monkeypatch.setattr(script, 'time', SimpleNamespace(perf_counter=lambda: seconds[0]))
+    record, _ = script.train(data, 1, narrow_hyp(script), 'cpu', on_epoch=script.on_epoch)
+    assert tuple(record[key] for key in TIMES) == expected
     if name == 'train_step':
         assert [row['clock_seconds'] for row in record['epochs']] == [4, 8]
-
-
-def test_on_epoch_is_off_the_clock(idle, tick, data):
-    callbacks = SimpleNamespace(on_epoch=lambda row: None)
-    tick(callbacks, 'on_epoch')
-    record, _ = idle.train(data, 1, narrow_hyp(idle), 'cpu', on_epoch=callbacks.on_epoch)
-    assert tuple(record[key] for key in TIMES) == (0, 0, 1)
-
-
-def test_test_images_are_normalized_once_per_run_on_the_clock(idle, data, monkeypatch):
-    normalized, normalize = [], idle.CifarLoader.normalize
-
-    def recorder(images):
-        normalized.append(len(images))
-        return normalize(images)
-
-    monkeypatch.setattr(idle.CifarLoader, 'normalize', staticmethod(recorder))
-    run(idle, data, quiet=False)
-    assert normalized.count(100) == 1
 
 
 # ---------------------------------------- Record ----------------------------------------
 @pytest.mark.parametrize('quiet', [True, False])
 def test_record(quiet, script, data):
     record, net = run(script, data, 7, quiet)
-    assert set(record) == RECORD and isinstance(net, torch.nn.Module)
+    assert set(record) == RECORD and isinstance(net, nn.Module)
     assert (record['seed'], record['train_images'], record['test_images']) == (7, 256, 100)
     assert all(set(row) == ROW for row in record['epochs'])
     assert [row['test_acc'] is None for row in record['epochs']] == [quiet] * 2
     assert json.loads(json.dumps(record)) == record
-    loader = script.CifarLoader(data, train=False)
-    assert record['tta_acc'] == script.evaluate(net, loader, 2)
+    assert record['tta_acc'] == script.evaluate(net, script.CifarLoader(data, train=False), 2)
 
 
-def test_loss_and_training_accuracy_are_those_of_the_epochs_last_batch(idle, data):
-    rows = run(idle, data)[0]['epochs']
+def test_loss_and_training_accuracy_are_those_of_the_epochs_last_batch(script, steps, data):
+    rows = run(script, data)[0]['epochs']
     assert [(row['train_loss'], row['train_acc']) for row in rows] == [(4, 0.75), (8, 0.75)]
 
 
-def test_tta_is_for_the_end_and_for_the_share_of_hyp(idle, data, monkeypatch):
-    """infer answers right in as many images as its tta_level says."""
+def test_tta_is_for_the_end_and_for_the_share_of_hyp(script, steps, data, monkeypatch):
+    """infer answers right with TTA alone."""
     given = []
 
     def infer(net, loader, tta_level=0, tta_share=1.0):
         given.append((tta_level, tta_share))
-        answers = (loader.labels + 1) % 10
-        answers[:tta_level] = loader.labels[:tta_level]
-        return torch.eye(10)[answers]
+        return F.one_hot((loader.labels + (tta_level == 0)) % 10)
 
-    monkeypatch.setattr(idle, 'infer', infer)
-    record, _ = run(idle, data, quiet=False, tta_share=0.25)
+    monkeypatch.setattr(script, 'infer', infer)
+    record, _ = run(script, data, quiet=False, tta_share=0.25)
     assert given == [(0, 1.0), (0, 1.0), (2, 0.25)]
-    assert [row['test_acc'] for row in record['epochs']] == [0, 0] and record['tta_acc'] == 0.02
+    assert [row['test_acc'] for row in record['epochs']] == [0, 0] and record['tta_acc'] == 1
 
 
 # ---------------------------------------- Diverged runs ----------------------------------------
-def made_up(accuracy, losses=(1.0,), classes=10):
+def made_up(accuracy, losses, classes=10):
     epochs = [{'train_loss': loss} for loss in losses]
     return {'tta_acc': accuracy, 'epochs': epochs, 'classes': classes}
 
 
-FAR_UNDER = [
-    ([0.94, 0.51, 0.94], [1]),
-    ([0.94, 0.51], []),
-    ([0.94, 0.8401, 0.94], []),
-    ([0.94, 0.8399, 0.94], [1]),
+CASES = [  # a run's accuracy, losses and number of classes, and whether it diverged
+    (0.8399, [1.0], 10, True),
+    (0.8401, [1.0], 10, False),
+    (0.94, [math.nan, 1.0], 10, True),
+    (0.94, [1.0, math.inf], 10, True),
+    (0.94, [1.0, math.log(10)], 10, True),
+    (0.94, [1.0, math.log(5)], 5, True),
+    (0.94, [math.log(5), 1.0], 5, False),
+    (0.94, [math.log(5) - 1e-3], 5, False),
 ]
 
 
-@pytest.mark.parametrize('accuracies, expected', FAR_UNDER)
-def test_a_run_far_under_the_median_of_three_or_more_diverged(script, accuracies, expected):
-    runs = [made_up(accuracy) for accuracy in accuracies]
-    assert script.diverged(runs) == [runs[i] for i in expected]
+@pytest.mark.parametrize('accuracy, losses, classes, bad', CASES)
+def test_runs_far_under_the_median_not_finite_or_dead_diverged(
+    accuracy, losses, classes, bad, modified
+):
+    run, other = made_up(accuracy, losses, classes), made_up(0.94, [1.0])
+    assert modified.diverged([other, run, other]) == [run] * bad
 
 
-@pytest.mark.parametrize('loss', [math.nan, math.inf])
-def test_a_run_with_a_loss_that_is_not_finite_diverged(script, loss):
-    runs = [made_up(0.94), made_up(0.94, [loss, 1.0]), made_up(0.94, [1.0, loss])]
-    assert script.diverged(runs) == runs[1:]
+def test_of_two_runs_none_is_under_the_median(modified):
+    assert modified.diverged([made_up(0.94, [1.0]), made_up(0.51, [1.0])]) == []
 
 
-@pytest.mark.parametrize('classes', [5, 10, 100])
-def test_a_run_that_ends_with_equal_logits_is_dead(script, classes):
-    equal = math.log(classes)
-    alive = made_up(0.1, [equal, 1.0], classes), made_up(0.1, [equal - 1e-3], classes)
-    dead = made_up(0.1, [1.0, equal], classes)
-    assert script.diverged([*alive, dead][:2]) == [] and script.diverged([dead]) == [dead]
-
-
-def test_a_huge_lr_takes_its_usual_steps_and_diverges(script, data):
+def test_a_huge_lr_takes_its_usual_steps_and_ends_dead(script, data):
     record, _ = run(script, data, lr=1e6)
     assert len(record['epochs']) == 2 and script.diverged([record]) == [record]
 
@@ -305,27 +235,26 @@ def test_a_huge_lr_takes_its_usual_steps_and_diverges(script, data):
 # ---------------------------------------- Edits ----------------------------------------
 @pytest.mark.parametrize('classes', [5, 100])
 def test_as_many_classes_as_the_data_has(classes, script, data):
-    record, net = run(script, with_classes(data, classes), quiet=False)
+    changed = {}
+    for name, split in data.items():
+        labels = torch.arange(len(split['labels'])) % classes
+        changed[name] = {**split, 'labels': labels, 'classes': ['a class'] * classes}
+    record, net = run(script, changed, quiet=False)
     assert net.head.out_features == record['classes'] == classes
     assert math.isfinite(record['epochs'][-1]['train_loss'])
 
 
 def test_a_third_convolution_in_each_group(script, data, monkeypatch):
-    class Deeper(script.ConvGroup):
-        def __init__(self, in_channels, out_channels, batchnorm_momentum):
-            super().__init__(in_channels, out_channels, batchnorm_momentum)
-            self.conv3 = script.Conv(out_channels, out_channels)
-            self.norm3 = script.BatchNorm(out_channels, batchnorm_momentum)
+    group = script.ConvGroup
 
-        def forward(self, x):
-            return F.gelu(self.norm3(self.conv3(super().forward(x))))
+    def deeper(a, b, momentum):
+        third = script.Conv(b, b), script.BatchNorm(b, momentum), nn.GELU()
+        return nn.Sequential(group(a, b, momentum), *third)
 
-    monkeypatch.setattr(script, 'ConvGroup', Deeper)
+    monkeypatch.setattr(script, 'ConvGroup', deeper)
     record, net = run(script, data)
     assert math.isfinite(record['epochs'][-1]['train_loss'])
-    assert net.groups[0].norm3.bias.any()  # trained
-    biases, _ = script.make_optimizer(net, script.hyp).param_groups
-    assert len(biases['params']) == 9
+    assert all(norm.bias.any() for _, _, norm, _ in net.groups)  # trained
 
 
 def test_another_optimizer_is_a_change_of_make_optimizer_alone(script, data, monkeypatch):
@@ -334,13 +263,7 @@ def test_another_optimizer_is_a_change_of_make_optimizer_alone(script, data, mon
         return torch.optim.AdamW(trained, lr=0.003)
 
     monkeypatch.setattr(script, 'make_optimizer', make_optimizer)
-    (one, net), (again, _) = (run(script, data) for _ in range(2))
-    assert results(one) == results(again)
+    record, net = run(script, data)
+    torch.manual_seed(1)
     assert not torch.equal(net.head.weight, script.make_net(narrow_hyp(script)).head.weight)
-
-
-def test_a_narrow_network_learns(script):
-    data = script.synthetic_data('cpu', train=1024, test=200)
-    widths = {f'block{i}': 16 for i in (1, 2, 3)}
-    record, _ = run(script, data, train_epochs=3.0, **widths)
-    assert record['tta_acc'] > 0.3  # chance: 0.1
+    assert math.isfinite(record['epochs'][-1]['train_loss'])
