@@ -6,6 +6,7 @@ Each case has a short form, and a long one in the campaign (`python -m pytest te
 import os
 import random
 import re
+import resource
 import shlex
 import signal
 import subprocess
@@ -15,9 +16,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from bench_helpers import command, lines, log_of, logged, result_of, rows, tool, write_fake
-from conftest import environment, live, times
-
-resource = pytest.importorskip('resource', reason='file-size limits and /proc: Linux')
+from conftest import environment, limited, live, times
 
 SIGNALS = [signal.SIGINT, signal.SIGTERM]
 
@@ -145,18 +144,9 @@ def test_killed_worker_ends_the_job_and_resume_completes_it(n, tmp_path):
 
 
 # ---------------------------------------- The disk ----------------------------------------
-def on_full_disk(args, size):
-    """The tool where no file can grow over a size in bytes, as on a disk that gets full."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
-    try:
-        return tool(*args)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-
-
 def test_full_disk_is_one_line_after_the_table_and_the_log_stays_whole(tmp_path):
-    status, out, err = on_full_disk(experiment(tmp_path, 9, 0), 9000)
+    with limited(resource.RLIMIT_FSIZE, 9000):
+        status, out, err = tool(*experiment(tmp_path, 9, 0))
     log = log_of(tmp_path / 'logs')
     made = len(lines(log))
     assert status == 1 and err.count('\n') == 1 and 2 <= made < 18
@@ -167,7 +157,8 @@ def test_full_disk_is_one_line_after_the_table_and_the_log_stays_whole(tmp_path)
 
 
 def test_disk_too_full_for_the_code_is_one_line_before_any_run(tmp_path):
-    status, _, err = on_full_disk(experiment(tmp_path, 9), 100)
+    with limited(resource.RLIMIT_FSIZE, 100):
+        status, _, err = tool(*experiment(tmp_path, 9))
     assert status == 2 and err.count('\n') == 1 and 'code-0-fake.py' in err
     assert not list((tmp_path / 'logs').iterdir())
 

@@ -87,6 +87,12 @@ def test_reference_target_and_margin_of_show(log):
     assert status == 2 and 'there are fake, fake fake.skill=93' in err
 
 
+def test_show_leaves_the_clocks_out(log):
+    words = 'Clock/run', 'clock x'
+    assert all(word in tool('show', log)[1] for word in words)
+    assert not any(word in tool('show', log, '--no-clock')[1] for word in words)
+
+
 @pytest.mark.parametrize('args', ['show none', 'show .', 'show fake.py', 'run --resume none'])
 def test_what_is_no_log_is_one_line(args, log):
     status, out, err = tool(*args.split())

@@ -22,7 +22,7 @@ import numpy as np
 import pytest
 import torch
 import torchvision
-from conftest import NARROW_ARGS, ROOT, assert_refused, live, times
+from conftest import NARROW_ARGS, ROOT, assert_refused, limited, live, times
 
 RNG = np.random.default_rng(0)
 IMAGES = torch.from_numpy(RNG.integers(256, size=(24, 32, 32, 3), dtype=np.uint8))
@@ -37,17 +37,6 @@ def assert_same(loaded, expected):
         for key in ('images', 'labels'):
             assert loaded[split][key].dtype == content[key].dtype
             assert torch.equal(loaded[split][key], content[key])
-
-
-@contextlib.contextmanager
-def limited(kind, value):
-    """This process under a limit of the operating system."""
-    before = resource.getrlimit(kind)
-    resource.setrlimit(kind, (value, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(kind, before)
 
 
 def content_of(folder):

@@ -121,6 +121,7 @@ def make_parser() -> Parser:
     add('--target', type=float, metavar='PCT', help='accuracy in percent to count from (94)')
     add('--margin', type=float, metavar='POINTS', help='is it not inferior by more than POINTS?')
     add('--reference', metavar='ARM', help='what to compare with (the first arm)')
+    add('--no-clock', action='store_true', help='for runs of a busy machine: no clocks')
     commands.add_parser('speed', help='how fast the parts of the scripts are', add_help=False)
     return parser
 
@@ -274,6 +275,7 @@ def results_of(logs: list[str], options: dict):
         until_sure=logged.get('until_sure') if 'reference' not in options else None,
         planned=logged.get('runs', 0),
         searched=bool(logged.get('sweep')),
+        with_clocks=not options.get('no_clock'),
         notes=log.notes,
         folders=logs,
     )

@@ -24,6 +24,7 @@ class Results:
     until_sure: float | None = None  # points; the looks are those of `planned` runs
     planned: int = 0
     searched: bool = False  # arms of a sweep
+    with_clocks: bool = True  # those of a busy machine say nothing
     notes: list[str] = field(default_factory=list)
     folders: list[str] = field(default_factory=list)
 
@@ -105,15 +106,10 @@ def arms_table(results: Results) -> Table:
     with_cost = results.comparisons > 0 and all(flop(runs) for runs in results.arms.values())
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
     table.add_column('Arm', overflow='fold')
-    heads = [
-        'n',
-        'Accuracy (95% CI)',
-        'Std',
-        f'>={results.target:g}%',
-        'Diverged',
-        'Clock/run (95% CI)',
-    ]
-    for head in [*heads, *(['Cost'] if with_cost else [])]:
+    heads = ['n', 'Accuracy (95% CI)', 'Std', f'>={results.target:g}%', 'Diverged']
+    heads += ['Clock/run (95% CI)'] if results.with_clocks else []
+    heads += ['Cost'] if with_cost else []
+    for head in heads:
         table.add_column(head, no_wrap=True)
     for name, runs in results.arms.items():
         accuracies, n = percent(runs), len(runs)
@@ -125,8 +121,9 @@ def arms_table(results: Results) -> Table:
             '' if math.isnan(spread) else f'{spread:.2f}',
             f'{int(sum(accuracies.round(6) >= results.target))}/{n}',
             f'{len(diverged(runs))}/{n}',
-            interval(stats.mean(clocks(runs)), 3, 's'),
         ]
+        if results.with_clocks:
+            cells.append(interval(stats.mean(clocks(runs)), 3, 's'))
         if with_cost:
             cells.append(f'x {flop(runs) / flop(reference):.3f}')
         table.add_row(*cells)
@@ -181,11 +178,14 @@ def sequential_sentence(
     return f'{text}, n = {decision.n} (look {decision.look})'
 
 
-def numbers_line(sample: list[dict], reference: list[dict], difference: stats.Estimate) -> str:
+def numbers_line(
+    sample: list[dict], reference: list[dict], difference: stats.Estimate, with_clocks: bool
+) -> str:
     """The difference, the ratio of clocks and that of costs."""
-    clock = stats.ratio(clocks(sample), clocks(reference))
     text = f'{difference.value:+.2f} points ({difference.low:+.2f} to {difference.high:+.2f})'
-    text += f', clock x {clock.value:.3f} ({clock.low:.3f} to {clock.high:.3f})'
+    if with_clocks:
+        clock = stats.ratio(clocks(sample), clocks(reference))
+        text += f', clock x {clock.value:.3f} ({clock.low:.3f} to {clock.high:.3f})'
     if flop(sample) and flop(reference):
         text += f', cost x {flop(sample) / flop(reference):.3f}'
     return text
@@ -221,7 +221,8 @@ def comparison_lines(results: Results) -> list[str]:
             sentence = verdict(name, reference, difference, p, (len(runs), len(base)))
         if results.margin is not None:
             sentence += '; ' + margin_clause(percent(runs), percent(base), results.margin)
-        lines += [sentence, '    ' + numbers_line(runs, base, difference)]
+        numbers = numbers_line(runs, base, difference, results.with_clocks)
+        lines += [sentence, f'    {numbers}']
     return lines + method_lines(results, len(pairs), looks, p_look)
 
 
@@ -254,7 +255,7 @@ def machine_lines(results: Results) -> list[str]:
         ', '.join(head + one_line(fact) for head, fact in zip(heads, kind, strict=True) if fact)
         for kind in kinds
     ]
-    if len({kind[0] for kind in kinds}) > 1:
+    if results.with_clocks and len({kind[0] for kind in kinds}) > 1:
         lines.append('The runs come from several devices: their clocks cannot be compared.')
     sets = {one_line(describe_data(run)): None for run in every}
     warmups = sum(
