@@ -738,7 +738,7 @@ def run_trials(args: argparse.Namespace, runs: Runs):
             print(f'\n{table(runs, args.target)}\n{peak}Log: {folder}', flush=True)
 
 
-def explain(error: Exception, hyp_given: bool) -> str | None:
+def explain(error: Exception, hyp_given: bool, device: str | None) -> str | None:
     """A line on an error that the user can mend; None on others, which keep their traceback."""
     text = ' '.join(str(error).split())
     signs = 'out of memory|allocate memory|ALLOC_FAILED|ALLOCATION_FAILED|unable to find an engine'
@@ -751,7 +751,7 @@ def explain(error: Exception, hyp_given: bool) -> str | None:
         phase = 'evaluation (EVAL_BATCH)' if 'infer' in functions else 'preparation of the images'
         phase = 'training step (opt.batch_size)' if 'train_step' in functions else phase
         if torch.cuda.is_available() and re.search('CUDA|cuDNN|engine', text):
-            free, total = torch.cuda.mem_get_info()
+            free, total = torch.cuda.mem_get_info(device)
             phase += f', with {free >> 20} of {total >> 20} MiB free'
         return f'out of memory in the {phase}'
     if re.search('inline_container|StreamWriter|cannot be opened', text):
@@ -779,7 +779,7 @@ def main(argv: list[str] | None = None) -> Runs:
         status, message = 1, 'nobody reads the output'
     except Exception as error:
         status = 2 if runs.start is None else 1
-        message = explain(error, bool(args and args.hyp) and status == 2)
+        message = explain(error, bool(args and args.hyp) and status == 2, args and args.device)
         if message is None:
             raise
     print(f'{NAME}: {message}', file=sys.stderr)

@@ -145,8 +145,9 @@ def test_killed_worker_ends_the_job_and_resume_completes_it(n, tmp_path):
 
 # ---------------------------------------- The disk ----------------------------------------
 def test_full_disk_is_one_line_after_the_table_and_the_log_stays_whole(tmp_path):
+    args = experiment(tmp_path, 9, 0)
     with limited(resource.RLIMIT_FSIZE, 9000):
-        status, out, err = tool(*experiment(tmp_path, 9, 0))
+        status, out, err = tool(*args)
     log = log_of(tmp_path / 'logs')
     made = len(lines(log))
     assert status == 1 and err.count('\n') == 1 and 2 <= made < 18
@@ -157,8 +158,9 @@ def test_full_disk_is_one_line_after_the_table_and_the_log_stays_whole(tmp_path)
 
 
 def test_disk_too_full_for_the_code_is_one_line_before_any_run(tmp_path):
+    args = experiment(tmp_path, 9)
     with limited(resource.RLIMIT_FSIZE, 100):
-        status, _, err = tool(*experiment(tmp_path, 9))
+        status, _, err = tool(*args)
     assert status == 2 and err.count('\n') == 1 and 'code-0-fake.py' in err
     assert not list((tmp_path / 'logs').iterdir())
 
