@@ -163,17 +163,23 @@ def test_compiled_graphs_are_whole_half_precision_and_without_atomics(
         assert all(argument.meta['val'].dtype == torch.float16 for argument in node.args[:2])
 
 
-def test_a_compiled_step_is_the_eager_one(modified, float32, nothing_compiled):
-    """In float32, on a CPU, by Inductor."""
+KINDS = [(size, trained) for size in (32, 24, 20, 16) for trained in (True, False)]
+KINDS[1:] = [pytest.param(*kind, marks=pytest.mark.campaign) for kind in KINDS[1:]]
+
+
+@pytest.mark.parametrize('size, trained', KINDS)
+def test_a_compiled_step_is_the_eager_one(size, trained, modified, float32, nothing_compiled):
+    """In float32, on a CPU, by Inductor, with the whitening bias trained or frozen."""
+    torch.manual_seed(1)
     hyp, results = narrow_hyp(modified), []
     eager, compiled = (modified.make_net(hyp, 'cpu').train() for _ in range(2))
     compiled.load_state_dict(eager.state_dict())
     modified.compile_net(compiled)
-    images = torch.randn(16, 3, 32, 32).to(memory_format=torch.channels_last)
+    images = torch.randn(16, 3, size, size).to(memory_format=torch.channels_last)
     targets = torch.eye(10)[torch.arange(16) % 10]
     for net in (eager, compiled):
         optimizer = modified.make_optimizer(net, hyp)
-        loss, logits = modified.train_step(net, optimizer, images, targets)
+        loss, logits = modified.train_step(net, optimizer, images, targets, trained)
         results.append({'loss': loss, 'logits': logits, **net.state_dict()})
     for name, value in results[0].items():
         torch.testing.assert_close(results[1][name], value, rtol=1e-4, atol=1e-4, msg=name)

@@ -218,11 +218,8 @@ def command_run(given: dict, argv: list[str], signals: list) -> int:
             error.status = 1 if experiment.runs or experiment.unlogged else 2
         raise
     finally:
-        try:
-            if experiment is not None:
-                finish(experiment, console, job, print_report)
-        finally:
-            job.close()
+        if experiment is not None:
+            finish(experiment, console, job, print_report)
     return 0
 
 

@@ -53,12 +53,6 @@ class Job:
                 distributed.all_gather_object(values, value)
         return values
 
-    def close(self):
-        """Leaves the job, without waiting for processes that are gone."""
-        if self.world > 1 and distributed.is_initialized():
-            with contextlib.suppress(RuntimeError):
-                distributed.destroy_process_group()
-
 
 @contextlib.contextmanager
 def lost_peers():
