@@ -44,15 +44,6 @@ class Job:
                 distributed.broadcast_object_list(values)
         return values[0]
 
-    def gather(self, value: object) -> list:
-        """The values of all ranks, for all."""
-        self.wait()
-        values = [value] * self.world
-        if self.world > 1:
-            with lost_peers():
-                distributed.all_gather_object(values, value)
-        return values
-
 
 @contextlib.contextmanager
 def lost_peers():
