@@ -4,6 +4,9 @@ import collections
 
 import numpy as np
 import pytest
+import torch
+from bench.errors import UserError
+from bench.job import pick_device
 from bench_helpers import lines, log_of, logged, outcomes, result_of, rows, tool, write_fake
 
 
@@ -21,6 +24,16 @@ def test_piped_rows_are_one_per_run_and_narrow(fake):
     assert (status, err) == (0, '') and '[red] ☃ fake.word=yyy' in out.split('\nArm ')[1]
     assert rows(out) == logged(log_of())
     assert all(len(line) <= 100 for line in out.splitlines() if not line.startswith('Log:'))
+
+
+def test_each_process_of_torchrun_has_a_gpu_of_its_own(monkeypatch):
+    monkeypatch.setattr(torch.cuda, 'is_available', lambda: True)
+    monkeypatch.setattr(torch.cuda, 'device_count', lambda: 2)
+    monkeypatch.setenv('LOCAL_RANK', '1')
+    for name, device in (('auto', 'cuda:1'), ('cuda', 'cuda:1'), ('cuda:0', 'cuda:0')):
+        assert pick_device(name) == torch.device(device)
+    with pytest.raises(UserError, match='finds 2 CUDA devices'):
+        pick_device('cuda:2')
 
 
 def test_arms_take_turns_with_the_seeds_that_base_seed_and_turn_give():

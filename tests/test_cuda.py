@@ -6,6 +6,7 @@ import gc
 import pytest
 import torch
 from bench import speed
+from bench.job import pick_device
 from conftest import narrow_hyp
 
 NARROW_ARGS = [f'net.widths.block{i}=8' for i in (1, 2, 3)] + ['opt.batch_size=512']
@@ -106,6 +107,21 @@ def test_a_span_has_no_synchronization_but_that_of_eigh(script, gpu_data, monkey
     changes = {'batch_size': 512, 'train_epochs': 2.5, 'whiten_bias_epochs': 1, 'tta_share': 0.25}
     script.train(gpu_data, 0, narrow_hyp(script, small_sizes=[24], **changes), quiet=True)
     assert spans == ['__init__', *['run_epoch'] * 3, 'infer']
+
+
+@pytest.mark.cuda_host
+def test_a_process_of_torchrun_trains_on_its_own_gpu(script, monkeypatch):
+    """Also what `--device cuda:1` does: nothing is put on the first GPU."""
+    if torch.cuda.device_count() < 2:
+        pytest.skip('needs two GPUs, or a stand-in with FAKEGPU_DEVICES=2')
+    monkeypatch.setenv('LOCAL_RANK', '1')
+    torch.zeros(1, device='cuda:0')  # that GPU has statistics only after its first tensor
+    device, before = pick_device('auto'), torch.cuda.memory_allocated(0)
+    torch.cuda.reset_peak_memory_stats(0)
+    data = script.synthetic_data(device, train=32768, test=2500)
+    record, _ = script.train(data, 0, narrow_hyp(script, batch_size=512, small_sizes=[24]))
+    assert record['peak_bytes'] == torch.cuda.max_memory_allocated(1) > 0
+    assert torch.cuda.max_memory_allocated(0) == before
 
 
 @pytest.mark.cuda_host
