@@ -2,7 +2,7 @@
 
 The recipe of Keller Jordan (arXiv:2404.00498), who reports 94.01 % on average (n = 1000) in 3.83
 seconds on an A100. This is an independent implementation of it. On CPUs, 40,000 / 10,000 of the
-training images: 93.72 % (n = 4, std 0.16, torch 2.14.1; tests/bench/results). No GPU figure yet.
+training images: 93.63 % (n = 6, std 0.17, torch 2.14.1; tests/bench/results). No GPU figure yet.
 
     python airbench94_baseline.py                                five runs and their table
     python airbench94_baseline.py --trials 5 --runs 25 --quiet   the report's protocol: 125 runs
@@ -751,7 +751,7 @@ def explain(error: Exception, hyp_given: bool, device: str | None) -> str | None
         phase = 'evaluation (EVAL_BATCH)' if 'infer' in functions else 'preparation of the images'
         phase = 'training step (opt.batch_size)' if 'train_step' in functions else phase
         if torch.cuda.is_available() and re.search('CUDA|cuDNN|engine', text):
-            free, total = torch.cuda.mem_get_info(device)
+            free, total = torch.cuda.mem_get_info(torch.device(device).index)
             phase += f', with {free >> 20} of {total >> 20} MiB free'
         return f'out of memory in the {phase}'
     if re.search('inline_container|StreamWriter|cannot be opened', text):

@@ -1,7 +1,7 @@
 """airbench94_baseline.py with the four changes of a report, and a cheaper recipe: --recipe fast94.
 
 `diff` of the two files is the experiment: static precomputation in CifarLoader, residual
-ConvGroups, fewer epochs with a larger batch and lr, the data pipeline: -1.28 points (n = 2 and 4,
+ConvGroups, fewer epochs with a larger batch and lr, the data pipeline: -1.24 points (n = 3 and 6,
 README), no GPU figure yet. fast94 costs 0.786 of the baseline's FLOP; its accuracy is not settled.
 
     python airbench94_modified.py                                five runs and their table
@@ -761,7 +761,7 @@ def explain(error: Exception, hyp_given: bool, device: str | None) -> str | None
         phase = 'evaluation (EVAL_BATCH)' if 'infer' in functions else 'preparation of the images'
         phase = 'training step (opt.batch_size)' if 'train_step' in functions else phase
         if torch.cuda.is_available() and re.search('CUDA|cuDNN|engine', text):
-            free, total = torch.cuda.mem_get_info(device)
+            free, total = torch.cuda.mem_get_info(torch.device(device).index)
             phase += f', with {free >> 20} of {total >> 20} MiB free'
         return f'out of memory in the {phase}'
     if re.search('inline_container|StreamWriter|cannot be opened', text):

@@ -6,6 +6,7 @@ import functools
 import importlib
 import os
 import re
+import resource
 import signal
 import subprocess
 import sys
@@ -126,14 +127,14 @@ def runs_in_table(out):
 @contextlib.contextmanager
 def limited(kind, value):
     """This process under a limit of the operating system: resource.RLIMIT_FSIZE, RLIMIT_AS."""
-    import resource  # here, as Windows has none
-
-    before = resource.getrlimit(kind)
+    before, writes = resource.getrlimit(kind), sys.dont_write_bytecode
+    sys.dont_write_bytecode = True  # no half .pyc may stay of what is imported meanwhile
     resource.setrlimit(kind, (value, before[1]))
     try:
         yield
     finally:
         resource.setrlimit(kind, before)
+        sys.dont_write_bytecode = writes
 
 
 def environment(**variables):

@@ -21,9 +21,9 @@ from conftest import environment, limited, live, times
 SIGNALS = [signal.SIGINT, signal.SIGTERM]
 
 
-def experiment(folder, runs, seconds=0.004):
+def experiment(folder, runs, seconds=0.004, *changes):
     """The arguments of an experiment of two arms, with so many runs of each, in a folder."""
-    script = write_fake(folder)
+    script = write_fake(folder, 'fake.py', *changes)
     common = ['--hyp', f'fake.seconds={seconds}', '--seed', '5', '--log-dir', folder / 'logs']
     return ['run', script, f'{script}:fake.skill=93.9', *common, '--runs', runs]
 
@@ -177,19 +177,20 @@ def test_closed_pipe_ends_it_without_a_word(tmp_path):
     assert process.stdout.count('\n') == 4 and process.stderr == ''
 
 
-def now(pid):
-    """Resident MiB and processor seconds of a process, which a busy machine leaves as they are."""
-    pages = int(Path(f'/proc/{pid}/statm').read_text().split()[1])
-    user, system = Path(f'/proc/{pid}/stat').read_text().rpartition(')')[2].split()[11:13]
-    seconds = (int(user) + int(system)) / os.sysconf('SC_CLK_TCK')
-    return pages * os.sysconf('SC_PAGE_SIZE') / 2**20, seconds
+STATE = """statm = open('/proc/self/statm').read().split()
+    state = {'pages': int(statm[1]), 'seconds': time.process_time()}
+    return {**state, 'tta_acc': accuracy"""
 
 
 @times(200, 2000)
 def test_memory_and_overhead_stay_flat_over_many_runs(n, tmp_path):
-    with live(tmp_path, command(*experiment(tmp_path / 'long', n // 2, 0))) as process:
-        found = [now(process.pid) for line in process.stdout if rows(line)]
-    memory, seconds = np.transpose(found)
+    """Resident memory and processor time, which a busy machine leaves as they are."""
+    change = "return {'tta_acc': accuracy", STATE
+    args = experiment(tmp_path, n // 2, 0, change)
+    assert ended(command(*args)).returncode == 0
+    runs = lines(log_of(tmp_path / 'logs'))
+    memory = np.array([run['pages'] for run in runs]) * resource.getpagesize() / 2**20
+    seconds = np.array([run['seconds'] for run in runs])
     quarter = n // 4
     first, last = (np.median(part) for part in (memory[quarter : 2 * quarter], memory[-quarter:]))
     early, late = (np.ptp(part) / quarter for part in (seconds[:quarter], seconds[-quarter:]))

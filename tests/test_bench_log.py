@@ -9,6 +9,7 @@ from pathlib import Path
 import matplotlib.image
 import pytest
 from bench import plot, records
+from bench.report import duration
 from bench_helpers import lines, log_of, outcomes, result_of, tool, write_fake
 
 
@@ -87,8 +88,12 @@ def test_reference_target_and_margin_of_show(log):
     assert status == 2 and 'there are fake, fake fake.skill=93' in err
 
 
+def test_durations_have_two_units():
+    assert [*map(duration, (-1, 59.4, 59.5, 7500))] == ['0s', '59s', '1m 00s', '2h 05m']
+
+
 def test_show_leaves_the_clocks_out(log):
-    words = 'Clock/run', 'clock x'
+    words = 'Clock/run', 'clock x', 'Warm-up'
     assert all(word in tool('show', log)[1] for word in words)
     assert not any(word in tool('show', log, '--no-clock')[1] for word in words)
 

@@ -173,6 +173,14 @@ def test_target_is_what_runs_are_counted_from(call, short):
     assert '>=1.5%' in out and re.search(r' 1/1 +\d/1$', out, re.M)
 
 
+def test_help_has_every_option_and_the_commands_of_the_header(call):
+    result = call('--help')
+    assert result.status == 0 and not result.err
+    options = 'trials runs seed device compile recipe hyp data-dir log-dir target quiet save'
+    assert all(f' --{option} ' in result.out for option in options.split())
+    assert ' --synthetic' in result.out and 'python airbench94_baseline.py' in result.out
+
+
 # ---------------------------------------- Bad input ----------------------------------------
 BAD = """
 --trails=3 --tri=3 --trials --trials=0 --trials=1.5 --runs=0 --seed=-1 --seed=x --target=101
@@ -395,6 +403,18 @@ def test_out_of_memory_says_where(place, error, call, baseline, short, monkeypat
     result = call(*short)
     assert_refused(result)
     assert PLACES[place] in result.err
+
+
+@pytest.mark.parametrize('device, index', [('cuda', None), ('cuda:1', 1), ('cpu', None)])
+def test_out_of_memory_names_what_is_free_on_the_gpu_in_use(device, index, baseline, monkeypatch):
+    def mem_get_info(asked):
+        assert asked == index  # torch 2.4 takes a number or None alone
+        return 2**30, 2**31
+
+    monkeypatch.setattr(torch.cuda, 'is_available', lambda: True)
+    monkeypatch.setattr(torch.cuda, 'mem_get_info', mem_get_info)
+    line = baseline.explain(OUT_OF_MEMORY[0], False, device)
+    assert line.endswith('with 1024 of 2048 MiB free')
 
 
 # ---------------------------------------- Table ----------------------------------------

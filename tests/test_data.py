@@ -268,8 +268,9 @@ def test_download_leaves_train_and_test_and_is_made_once(script, server, tmp_pat
     assert_same(script.load_data(folder, 'cpu'), CIFAR)
     assert sorted(os.listdir(folder)) == ['test.pt', 'train.pt']
     assert str(folder.absolute()) in capsys.readouterr().out  # the full path, before 170 MB come
+    requests = server.requests  # torchvision also asks for redirects
     assert_same(script.load_data(folder, 'cpu'), CIFAR)
-    assert server.requests == 2  # torchvision asks for redirects, then for the file
+    assert server.requests == requests > 0
 
 
 def test_missing_half_is_downloaded_and_the_other_kept(baseline, server, folder, data):

@@ -78,6 +78,7 @@ def test_an_epoch_holds_every_image_once_or_drops_the_rest(train, drop_last, siz
     loader = make_loader(script, noise, train, 70, aug=FULL, drop_last=drop_last)
     labels = [labels for _, labels in loader]
     assert [len(batch) for batch in labels] == sizes and len(loader) == len(sizes)
+    assert loader.classes == noise['train']['classes']
     assert len(set(torch.cat(labels).tolist())) == sum(sizes)
 
 

@@ -9,18 +9,41 @@ from conftest import ROOT
 
 RESULTS = ROOT / 'tests' / 'bench' / 'results'
 READMES = (ROOT / 'README.md', ROOT / 'tests' / 'bench' / 'README.md')
-# An indented block that starts with the command, and then has lines that it prints.
-SHOW = re.compile(r' {4}\$ python (tests/bench show tests/bench/results/.*)\n((?: {4}.*\n)+)')
+# An indented block that starts with the command, and then has lines that it prints, or none.
+SHOW = re.compile(
+    r' {4}\$ python (tests/bench show tests/bench/results/.*)\n((?:(?! {4}\$ )(?: {4}.*)?\n)+)'
+)
 BLOCKS = [block for readme in READMES for block in SHOW.findall(readme.read_text())]
+INTERVAL = re.compile(r'[+-]\d\.\d\d\s(?:points\s)?\([+-]\d\.\d\d\sto\s[+-]\d\.\d\d\)')
+
+
+@pytest.fixture
+def show(monkeypatch, capsys):
+    """show(command): the lines that it prints."""
+    monkeypatch.chdir(ROOT)
+
+    def show(command):
+        assert cli.main(shlex.split(command)[1:]) == 0
+        return [*map(str.rstrip, capsys.readouterr().out.splitlines())]
+
+    return show
 
 
 @pytest.mark.parametrize('command, lines', BLOCKS, ids=[text.split('/')[-1] for text, _ in BLOCKS])
-def test_a_readme_shows_what_the_log_says(command, lines, monkeypatch, capsys):
-    monkeypatch.chdir(ROOT)
-    assert cli.main(shlex.split(command)[1:]) == 0
-    printed = [*map(str.rstrip, capsys.readouterr().out.splitlines()), '...']
-    shown = [line[4:].rstrip() for line in lines.splitlines()]
-    assert [line for line in shown if line not in printed] == []
+def test_a_readme_shows_what_the_log_says(command, lines, show):
+    printed = [*show(command), '...', '']
+    assert [line for line in lines.splitlines() if line[4:].rstrip() not in printed] == []
+
+
+def test_every_difference_in_the_prose_is_shown_by_a_command(show):
+    """Written as there, with its interval: -0.52 points (-0.73 to -0.32), 'points' or not."""
+    commands = {command for command, _ in BLOCKS}
+    commands |= {f'tests/bench show {shlex.quote(str(folder))}' for folder in RESULTS.iterdir()}
+    shown = '\n'.join(line for command in commands for line in show(command))
+    prose = {found for readme in READMES for found in INTERVAL.findall(readme.read_text())}
+    differences = {' '.join(found.replace('points', '').split()) for found in prose}
+    assert differences
+    assert [one for one in differences if one not in shown.replace(' points', '')] == []
 
 
 def test_the_first_screen_shows_a_result():

@@ -2,6 +2,7 @@
 
 import os
 import sys
+import traceback
 from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parent.parent)
@@ -9,10 +10,19 @@ sys.path[0] = str(Path(__file__).resolve().parent.parent)
 from bench.cli import main  # noqa: E402  the package is in the folder above
 
 if __name__ == '__main__':
-    status = main()
-    if 'WORLD_SIZE' in os.environ:
-        # At once: torch 2.4 can hang where it frees a process group, whose thread wants the GIL.
+    if 'WORLD_SIZE' not in os.environ:
+        sys.exit(main())
+    # At once: torch 2.4 can hang where it frees a process group, whose thread wants the GIL. Its
+    # peers would wait for a process that hangs.
+    status = 1
+    try:
+        status = main()
+    except SystemExit as end:  # --help
+        status = end.code or 0
+    except BaseException:
+        traceback.print_exc()
+    try:
         sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(status)
-    sys.exit(status)
+    except OSError:
+        status = 1
+    os._exit(status)

@@ -261,7 +261,8 @@ def machine_lines(results: Results) -> list[str]:
     warmups = sum(
         {name: runs[0].get('warmup_seconds') or 0 for name, runs in results.arms.items()}.values()
     )
-    return [*lines, *(f'Data: {text}' for text in sets), f'Warm-up: {duration(warmups)}']
+    lines += [f'Data: {text}' for text in sets]
+    return [*lines, f'Warm-up: {duration(warmups)}'] if results.with_clocks else lines
 
 
 def describe_data(run: dict) -> str:
