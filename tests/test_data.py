@@ -384,7 +384,7 @@ def test_processes_on_an_empty_folder_all_end_well(n, server, tmp_path):
             said = process.stdout.read()
             assert process.wait() == 0, said
     for file in files:
-        assert_same(torch.load(tmp_path / file), CIFAR)
+        assert_same(torch.load(tmp_path / file, weights_only=True), CIFAR)
     assert sorted(os.listdir(tmp_path / 'here')) == ['test.pt', 'train.pt']
 
 
