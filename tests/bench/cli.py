@@ -62,13 +62,8 @@ class Parser(argparse.ArgumentParser):
         raise UserError(f'{one_line(message)} (python tests/bench --help)')
 
 
-def make_parser() -> Parser:
-    """The parser of all subcommands but speed, which has its own."""
-    parser = Parser('bench', description=__doc__, epilog=EXAMPLES)
-    commands = parser.add_subparsers(dest='subcommand', metavar='run | show | speed', required=True)
-    many = {'nargs': '+', 'action': 'extend'}
-    run = commands.add_parser('run', help='compare scripts by new runs', epilog=EXAMPLES)
-    add = run.add_argument
+def add_run_options(run: Parser):
+    add, many = run.add_argument, {'nargs': '+', 'action': 'extend'}
     add(
         'scripts',
         nargs='*',
@@ -114,7 +109,9 @@ def make_parser() -> Parser:
     add('--log-dir', metavar='DIR', help='gets a folder for the experiment (logs)')
     add('--target', type=float, metavar='PCT', help='accuracy in percent to count from (94)')
     add('--resume', metavar='DIR', help='make the runs that this log folder lacks')
-    show = commands.add_parser('show', help='table, comparison and figures of logs')
+
+
+def add_show_options(show: Parser):
     add = show.add_argument
     add('logs', nargs='+', metavar='LOG', help='log folders or runs.jsonl files')
     add('--plot', metavar='FILE', help='draw a figure; its suffix is the format')
@@ -122,6 +119,14 @@ def make_parser() -> Parser:
     add('--margin', type=float, metavar='POINTS', help='is it not inferior by more than POINTS?')
     add('--reference', metavar='ARM', help='what to compare with (the first arm)')
     add('--no-clock', action='store_true', help='for runs of a busy machine: no clocks')
+
+
+def make_parser() -> Parser:
+    """The parser of all subcommands but speed, which has its own."""
+    parser = Parser('bench', description=__doc__, epilog=EXAMPLES)
+    commands = parser.add_subparsers(dest='subcommand', metavar='run | show | speed', required=True)
+    add_run_options(commands.add_parser('run', help='compare scripts by new runs', epilog=EXAMPLES))
+    add_show_options(commands.add_parser('show', help='table, comparison and figures of logs'))
     commands.add_parser('speed', help='how fast the parts of the scripts are', add_help=False)
     return parser
 
