@@ -156,3 +156,20 @@ def live(folder, words, **options):
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
         process.communicate()
+
+
+def in_a_terminal(folder, words):
+    """What a command that ends well writes to a terminal, with line ends of a file."""
+    pty = pytest.importorskip('pty')
+    ours, theirs = pty.openpty()
+    with live(folder, words, stdout=theirs, stderr=theirs) as process:
+        os.close(theirs)
+        shown = b''
+        with contextlib.suppress(OSError):  # the other side is closed
+            while chunk := os.read(ours, 1000):
+                shown += chunk
+        process.wait()
+    os.close(ours)
+    shown = shown.decode().replace('\r\n', '\n')
+    assert process.returncode == 0, shown
+    return shown

@@ -3,6 +3,8 @@
 import json
 import math
 import re
+import shlex
+import subprocess
 import warnings
 from pathlib import Path
 
@@ -10,7 +12,7 @@ import matplotlib.image
 import pytest
 from bench import plot, records
 from bench.report import duration
-from bench_helpers import lines, log_of, outcomes, result_of, tool, write_fake
+from bench_helpers import command, lines, log_of, outcomes, result_of, tool, write_fake
 
 
 @pytest.fixture
@@ -160,6 +162,12 @@ def test_plot_writes_the_kind_of_its_suffix(log):
     for name, message in ('a.xyz', 'suffix'), ('none/a.png', 'cannot write none/a.png'):
         status, _, err = tool('show', log, '--plot', name)
         assert status == 2 and message in err and err.count('\n') == 1
+
+
+def test_plot_is_written_though_nobody_reads_the_report(log):
+    words = shlex.join(command('show', log, '--plot', 'a.png'))
+    process = subprocess.run(f'{words} | true', shell=True, capture_output=True, text=True)
+    assert process.stderr == '' and matplotlib.image.imread('a.png').size
 
 
 # ---------------------------------------- Resume ----------------------------------------

@@ -7,7 +7,18 @@ import pytest
 import torch
 from bench.errors import UserError
 from bench.job import pick_device
-from bench_helpers import lines, log_of, logged, outcomes, result_of, rows, tool, write_fake
+from bench_helpers import (
+    command,
+    lines,
+    log_of,
+    logged,
+    outcomes,
+    result_of,
+    rows,
+    tool,
+    write_fake,
+)
+from conftest import in_a_terminal
 
 
 @pytest.fixture(autouse=True)
@@ -154,10 +165,9 @@ def test_compiled_network_is_made_once_warmed_up_and_passed_on(fake):
     assert out.count('warmed up with None') == 1
 
 
-def test_terminal_shows_a_board_that_is_replaced_by_the_report(monkeypatch):
-    monkeypatch.setenv('FORCE_COLOR', '1')  # makes rich take any stdout for a terminal
-    monkeypatch.setenv('TERM', 'xterm')
-    out = tool('run', 'fake.py', 'fake.py:fake.skill=93', '--runs', 3)[1]
+def test_terminal_shows_a_board_that_is_replaced_by_the_report(tmp_path):
+    words = command('run', 'fake.py', 'fake.py:fake.skill=93', '--runs', 3)
+    out = in_a_terminal(tmp_path, words)
     board, _, rest = out.rpartition('\x1b[2K')  # which erases a line
     assert 'Difference (95% CI)' in board and '6/6' in board
     assert 'Accuracy (95% CI)' in rest and 'Difference (95% CI)' not in rest

@@ -1,6 +1,5 @@
 """The command line: options, rows, table, log, errors, and how a command ends."""
 
-import contextlib
 import copy
 import hashlib
 import json
@@ -22,6 +21,7 @@ from conftest import (
     ROOT,
     assert_refused,
     environment,
+    in_a_terminal,
     limited,
     live,
     narrow_hyp,
@@ -286,24 +286,13 @@ def test_head_gets_its_row_at_once_and_ends_the_command_without_a_traceback(shor
 
 def test_a_terminal_gets_a_progress_line_that_rows_overwrite(short, tmp_path):
     """The clock runs 100 times as fast, so that seconds pass between two steps."""
-    pty = pytest.importorskip('pty')
-    ours, theirs = pty.openpty()
     code = f"""
 import sys, time
 sys.path.insert(0, {str(ROOT)!r})
 import airbench94_modified as script
 real, script.time.perf_counter = time.perf_counter, lambda: 100 * real()
 script.main({[*map(str, short), 'opt.train_epochs=2']})"""
-    with live(tmp_path, [sys.executable, '-c', code], stdout=theirs, stderr=theirs) as process:
-        os.close(theirs)
-        shown = b''
-        with contextlib.suppress(OSError):  # the other side is closed
-            while chunk := os.read(ours, 1000):
-                shown += chunk
-        process.wait()
-    os.close(ours)
-    shown = shown.decode().replace('\r\n', '\n')
-    assert process.returncode == 0, shown
+    shown = in_a_terminal(tmp_path, [sys.executable, '-c', code])
     assert re.search(r'\r +step \d of 8, \d+m \d\ds left', shown)
     assert [row.epoch for row in rows_of(shown)] == ['1', '2']
     for line in shown.splitlines():

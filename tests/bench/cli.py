@@ -293,10 +293,12 @@ def command_show(given: dict, argv: list[str], signals: list) -> int:
 
         plot.check_suffix(given['plot'])
     results = results_of(given['logs'], given)
-    report.print_report(report.QuietConsole(), results)
-    if 'plot' in given:
-        with records.disk_errors(given['plot']):
-            plot.figure(results.arms, results.target).savefig(given['plot'], dpi=200)
+    try:
+        report.print_report(report.QuietConsole(), results)
+    finally:  # also where `| head` has closed the pipe
+        if 'plot' in given:
+            with records.disk_errors(given['plot']):
+                plot.figure(results.arms, results.target).savefig(given['plot'], dpi=200)
     return 0
 
 
