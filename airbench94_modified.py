@@ -87,13 +87,13 @@ class UserError(ValueError):
 def read_split(path: pathlib.Path, device: torch.device | str) -> dict:
     """A train.pt or test.pt, which may be anybody's: no code in it is run, all of it is checked."""
     try:
-        with zipfile.ZipFile(path) as archive:  # torch.load looks at no sums, sizes or flags
+        with zipfile.ZipFile(path) as archive:  # torch.load looks at no sums or sizes
             entries, size = archive.infolist(), path.stat().st_size
-            has_folder = any(entry.external_attr & 0x10 for entry in entries)  # its bytes go unread
+            has_folder = any(entry.external_attr & 0x10 for entry in entries)  # torch reads no byte
             if has_folder or sum(entry.file_size for entry in entries) > size or archive.testzip():
                 raise ValueError('its checksums or sizes are wrong')
         content = torch.load(path, map_location='cpu', weights_only=True)
-        # Through numpy, which refuses what is no plain tensor in memory.
+        # numpy() raises for all but plain tensors in memory.
         images, labels = (torch.from_numpy(content[key].numpy()) for key in ('images', 'labels'))
         classes = list(map(str, content['classes']))
         if images.dtype != torch.uint8 or images.shape[1:] != (32, 32, 3) or images.numel() > size:
@@ -306,7 +306,7 @@ class CifarNet(nn.Module):
         x = F.gelu(F.conv2d(images, self.whiten.weight, bias))
         x = self.groups(x)
         x = F.max_pool2d(x, x.shape[-1]).flatten(1)
-        return self.head(x * self.scaling_factor)
+        return self.head(x * self.scaling_factor)  # which scales the logits: no bias follows
 
 
 def make_net(hyp: dict, device: torch.device | str = 'cpu', num_classes: int = 10) -> CifarNet:
@@ -340,8 +340,8 @@ def make_optimizer(net: nn.Module, hyp: dict) -> torch.optim.Optimizer:
     """Nesterov SGD on the BatchNorm biases (group 0) and all else that is trained (group 1).
     For another optimizer change this function alone. Source: arXiv:2404.00498."""
     opt = hyp['opt']
-    # One gradient moves a weight by lr x (1 / (1 - momentum) + 1) in all, 1 being Nesterov's; hyp's
-    # lr is that, for 1024 examples: the summed loss grows with the batch, the decay is made to.
+    # One gradient moves a weight by lr / (1 - momentum) in all. hyp's lr is about that, in the unit
+    # of airbench94, for 1024 examples: the summed loss grows with the batch, the decay is made to.
     kilostep_scale = 1024 * (1 + 1 / (1 - opt['momentum']))
     lr = opt['lr'] / kilostep_scale
     decay = opt['weight_decay'] * opt['batch_size'] / kilostep_scale
@@ -400,7 +400,7 @@ def infer(net, loader: CifarLoader, tta_level: int = 0, tta_share: float = 1.0) 
         logits = []
         for batch in images.split(loader.batch_size):
             views = [(1.0, batch)]  # with their weights
-            if level == 2:
+            if level >= 2:
                 padded = F.pad(batch, (1,) * 4, 'reflect')
                 up_left, down_right = padded[:, :, :-2, :-2], padded[:, :, 2:, 2:]
                 views = [(0.5, batch), (0.25, up_left), (0.25, down_right)]
@@ -518,7 +518,7 @@ def train(
         start = now(device)
         try:
             results = training.run_epoch(len(rows), on_step)
-        except KeyboardInterrupt:  # without the frames of whatever it was doing
+        except KeyboardInterrupt:  # a new one: a notebook would show the frames of what it stopped
             raise KeyboardInterrupt(f'stopped at step {training.step}') from None
         end = now(device)
         seconds += end - start
@@ -530,11 +530,10 @@ def train(
         if on_epoch and training.step < training.total_steps:
             on_epoch(row)
     start = now(device)
-    logits = infer(net, test_loader, hyp['net']['tta_level'], hyp['net']['tta_share'])
+    tta_acc = evaluate(net, test_loader, hyp['net']['tta_level'], hyp['net']['tta_share'])
     seconds += now(device) - start
     record = {'seed': seed, 'hyp': flatten(hyp), 'epochs': rows, 'clock_seconds': seconds}
-    record['tta_acc'] = (logits.argmax(1) == test_loader.labels).double().mean().item()
-    record['eval_seconds'] = sum(row['eval_seconds'] for row in rows)
+    record |= {'tta_acc': tta_acc, 'eval_seconds': sum(row['eval_seconds'] for row in rows)}
     record |= {f'{split}_images': len(data[split]['labels']) for split in data}
     record |= {'classes': len(test_loader.classes), 'torch': str(torch.__version__)}
     record |= {'device': f'{CPU_NAME}, {torch.get_num_threads()} threads'}
@@ -557,7 +556,7 @@ def duration(seconds: float, digits: int = 0) -> str:
 
 
 def diverged(runs: list[dict]) -> list[dict]:
-    """Runs with a loss that is not finite, that end dead, or 10 points under the median (of 3)."""
+    """Runs whose loss is not finite, that end dead, or 10 points under the median (n >= 3)."""
     found, accuracies = [], [run['tta_acc'] for run in runs]
     floor = np.median(accuracies) - 0.1 - 1e-9 if len(runs) >= 3 else -1  # 1e-9: rounding
     for run in runs:
@@ -593,7 +592,7 @@ def table(runs: list[dict], target: float) -> str:
 class Runs(list):
     """The finished runs' records, and how the runs are shown while they are made."""
 
-    n_runs, start, shown, moving, left = 0, None, 0.0, False, ''  # start: of the first run
+    n_runs, start, shown, moving, done = 0, None, 0.0, False, 1.0  # start: of the first run
 
     def __repr__(self) -> str:
         return f'<{len(self)} finished runs>'
@@ -604,25 +603,28 @@ class Runs(list):
         head = 'trial', 'run', 'epoch', 'loss', 'train', 'test', 'TTA', 'clock', 'left'
         print(EPOCH_ROW.format(*head), flush=True)
 
-    def show_step(self, step: int, total_steps: int):
+    def left(self) -> str:
         seconds = time.perf_counter() - self.start
-        done = (len(self) + step / total_steps) / self.n_runs
-        self.left = duration(seconds / done - seconds)
-        if self.moving and self.start + seconds - self.shown > 1:  # a line that is written over
-            self.shown = self.start + seconds
-            print(f'\r  step {step} of {total_steps}, {self.left} left   ', end='', flush=True)
+        return duration(seconds / self.done - seconds)
+
+    def show_step(self, step: int, total_steps: int):  # on the clock: seldom more than a number
+        self.done = (len(self) + step / total_steps) / self.n_runs
+        if self.moving and time.perf_counter() - self.shown > 10:  # a line that is written over
+            self.shown = time.perf_counter()
+            print(f'\r  step {step} of {total_steps}, {self.left()} left   ', end='', flush=True)
 
     def show_row(self, trial: int, run: int, row: dict, tta='', clock=None):
         test = '-' if row['test_acc'] is None else f'{row["test_acc"]:.2%}'
         loss = f'{row["train_loss"]:.4f}' if math.isfinite(row['train_loss']) else 'diverged'
         clock = f'{clock or row["clock_seconds"]:.3f}s'
-        cells = row['epoch'], loss, f'{row["train_acc"]:.2%}', test, tta, clock, self.left
+        cells = row['epoch'], loss, f'{row["train_acc"]:.2%}', test, tta, clock, self.left()
+        self.shown = time.perf_counter()
         print(('\r' if self.moving else '') + EPOCH_ROW.format(trial, run, *cells), flush=True)
 
 
-def warm_up(data: dict, hyp: dict, device: torch.device, net=None) -> tuple[dict, float]:
+def warm_up(data: dict, hyp: dict, device: torch.device, net=None) -> float:
     """Make runs of one step per epoch, off the clock, until their time settles: all is compiled,
-    kernels are chosen, a GPU is awake. Returns a record, and roughly the seconds of a whole run."""
+    kernels are chosen, a GPU is awake. Returns roughly the seconds of a whole run."""
     short, test_batch, few = copy.deepcopy(hyp), EVAL_BATCH[device.type], {}
     short['opt']['train_epochs'] = max(2, hyp['opt']['train_epochs'])  # 2: to time a step
     if device.type == 'cpu' and net is None:  # no kernels to choose: be quick
@@ -641,7 +643,7 @@ def warm_up(data: dict, hyp: dict, device: torch.device, net=None) -> tuple[dict
     scale = {split: len(data[split]['labels']) / len(few[split]['labels']) for split in data}
     evaluation = (record['clock_seconds'] - ends[-1]) * scale['test']
     evaluation *= (1 + 6 * hyp['net']['tta_share']) / 7  # these few images all got the TTA views
-    return record, step * hyp['opt']['train_epochs'] * scale['train'] + evaluation
+    return step * hyp['opt']['train_epochs'] * scale['train'] + evaluation
 
 
 def changed_hyp(changes: list[str]) -> dict:
@@ -712,18 +714,19 @@ def run_trials(args: argparse.Namespace, runs: Runs):
     folder = pathlib.Path(args.log_dir, stamp)
     folder.mkdir(parents=True)
     (folder / 'code.py').write_text(code, 'utf-8')
+    name = 'synthetic' if args.synthetic else args.data_dir
     options = ['--recipe', args.recipe, *args.hyp, *(['--compile'] if args.compile else [])]
-    print(NAME, *options, '--seed', seed, '\nWarming up', flush=True)
+    print(NAME, *options, '--seed', seed)
+    print(f'Warming up on {device}, data: {name}', flush=True)
     start, net = time.perf_counter(), None
     if args.compile:
         net = compile_net(make_net(hyp, device, len(data['train']['classes'])))
-    record, seconds = warm_up(data, hyp, device, net)
+    seconds = warm_up(data, hyp, device, net)
     facts = {'script': NAME, 'sha256': hashlib.sha256(code.encode()).hexdigest()}
-    facts |= {'data': 'synthetic' if args.synthetic else args.data_dir, 'compile': args.compile}
+    facts |= {'data': name, 'compile': args.compile}
     facts['warmup_seconds'] = time.perf_counter() - start
     todo = list(itertools.product(range(1, args.trials + 1), range(1, args.runs + 1)))
-    print('{device}, {dtype}, torch {torch}, data: {data}'.format(**record, **facts))
-    spans = map(duration, (facts['warmup_seconds'], seconds, seconds * len(todo)))
+    spans = [*map(duration, (facts['warmup_seconds'], seconds, seconds * len(todo)))]
     print('Warmed up in {}; about {} a run, {} in all'.format(*spans), flush=True)
     runs.begin(len(todo))
     try:
@@ -744,8 +747,10 @@ def run_trials(args: argparse.Namespace, runs: Runs):
                 torch.save({**content, 'state_dict': net.state_dict()}, args.save)
     finally:
         if runs:
-            peak = f'Peak {runs[-1]["peak_bytes"] >> 20} MiB\n' if device.type == 'cuda' else ''
-            print(f'\n{table(runs, args.target)}\n{peak}Log: {folder}', flush=True)
+            where = '{device}, {dtype}, torch {torch}, warm-up '.format(**runs[-1]) + spans[0]
+            if device.type == 'cuda':
+                where += f', peak {runs[-1]["peak_bytes"] >> 20} MiB'
+            print(f'\n{table(runs, args.target)}\n{where}\nLog: {folder}', flush=True)
 
 
 def explain(error: Exception, hyp_given: bool, device: str | None) -> str | None:

@@ -50,7 +50,8 @@ def test_line_of_a_run_is_complete_in_itself(log):
 # ---------------------------------------- show ----------------------------------------
 def test_lines_that_are_no_runs_are_noted_but_a_last_one_that_a_kill_cut_off(log):
     file = log / 'runs.jsonl'
-    junk = [b'{"tta_acc": 1', b'null', b'[' * 10**5, b'{"arm": 3}', b'\xff']
+    bare = b'{"arm": "a", "tta_acc": 1, "clock_seconds": 1, "epochs": [{}]}'
+    junk = [b'{"tta_acc": 1', b'null', b'[' * 10**5, bare, b'\xff']
     file.write_bytes(b'\n'.join([*junk, file.read_bytes()[:-5]]))
     status, out, _ = tool('show', file)
     assert status == 0 and sum(arms_of(file).values()) == 11
@@ -68,9 +69,15 @@ def test_copies_count_once_and_cat_makes_a_log(log):
 
 def test_other_code_and_other_data_are_not_pooled_under_one_name(log):
     names = ('fake', 'fake fake.skill=93', 'fake #2', 'fake fake.skill=93 #2')
-    for change in ('"sha256": "', '"sha256": "0'), ('"train": 256', '"train": 128'):
-        Path('other.jsonl').write_text((log / 'runs.jsonl').read_text().replace(*change))
+    for key in ('"sha256": "', '"train": ', '"test_labels_crc32": '):
+        Path('other.jsonl').write_text((log / 'runs.jsonl').read_text().replace(key, key + '1'))
         assert arms_of(log, 'other.jsonl') == dict.fromkeys(names, 6)
+
+
+def test_one_data_set_in_two_folders_is_pooled(log):
+    text = (log / 'runs.jsonl').read_text()
+    Path('other.jsonl').write_text(text.replace('"name": "', '"name": "other/'))
+    assert arms_of('other.jsonl', log) == arms_of(log)
 
 
 def test_log_of_a_script_has_arms_by_its_name_and_differing_hyp(log):
@@ -187,7 +194,8 @@ def test_options_given_again_win_and_are_kept(log):
     assert 'by more than 2 points' in ' '.join(tool('show', log)[1].split())
 
 
-OTHER = [('--hyp opt.lr=3', 'hyp of the log'), ('--data-dir other', '128 in the log, 64 now')]
+OTHER = [('--hyp opt.lr=3', 'hyp of the log'), ('--seed 0', 'seed of the log')]
+OTHER += [('--data-dir other', '128 in the log, 64 now')]
 
 
 @pytest.mark.parametrize('args, message', OTHER)

@@ -117,6 +117,7 @@ def test_mistake_is_one_line_and_status_2(args, message, tmp_path):
     'change, message',
     [
         (('rng.gauss(3, 0.01)', 'None'), 'must return (record, net)'),
+        (("'train_loss': ", "'loss': "), 'must return (record, net)'),
         (("return {'tta_acc': accuracy", "return {'tta_acc': 94.0"), 'must return (record, net)'),
         (('rows = []', 'raise UserError("too\\nfew")'), 'fake: too few'),
         (('rows = []', 'exit(5)'), 'SystemExit: 5 (line 41); the traceback is in '),

@@ -122,13 +122,14 @@ def test_the_log_has_the_source_and_a_line_of_each_run_that_stands_alone(whole):
         assert run['warmup_seconds'] > 0
 
 
-def test_the_screen_says_what_runs_before_the_first_row(whole):
+def test_the_screen_says_what_runs_and_in_the_end_on_what(whole):
     head, run = whole.out[: whole.out.index('trial  run')], whole.log.runs[0]
     first, changes = head.splitlines()[0], NARROW_ARGS[NARROW_ARGS.index('--hyp') + 1 :]
     assert first.startswith('mine') and 'seed 5' in first and ' '.join(changes) in first
-    assert all(run[key] in head for key in ('device', 'dtype', 'torch', 'data'))
-    assert re.search(r'\d+m \d\ds a run, \d+m \d\ds in all', head)
-    assert whole.log.path.name in whole.out.splitlines()[-1]
+    assert run['data'] in head and re.search(r'\d+m \d\ds a run, \d+m \d\ds in all', head)
+    *_, where, log = whole.out.splitlines()
+    assert all(run[key] in where for key in ('device', 'dtype', 'torch'))
+    assert 'warm-up' in where and whole.log.path.name in log
 
 
 # ---------------------------------------- Options ----------------------------------------

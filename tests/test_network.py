@@ -172,7 +172,7 @@ def explicit_tta(net, images, level):
     return 0.5 * mirrored_mean(images) + 0.5 * (moved[0] + moved[1]) / 2
 
 
-SHARES = [(0, 1.0, 100), (1, 1.0, 100), (2, 1.0, 100), (1, 0.95, 100), (2, 0.301, 60), (2, 0.3, 30)]
+SHARES = [(0, 1.0, 100), (1, 1.0, 100), (3, 1.0, 100), (1, 0.95, 100), (2, 0.301, 60), (2, 0.3, 30)]
 
 
 @pytest.mark.parametrize('level, share, count', SHARES)

@@ -12,8 +12,8 @@ from bench.cli import main  # noqa: E402  the package is in the folder above
 if __name__ == '__main__':
     if 'WORLD_SIZE' not in os.environ:
         sys.exit(main())
-    # At once: torch 2.4 can hang where it frees a process group, whose thread wants the GIL. Its
-    # peers would wait for a process that hangs.
+    # A process of torchrun ends by os._exit: torch 2.4 can hang where it frees a process group,
+    # whose thread wants the GIL, and the peers would wait for it.
     status = 1
     try:
         status = main()

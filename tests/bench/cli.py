@@ -154,7 +154,7 @@ def run_options(given: dict) -> dict:
         experiment = records.read_experiment(given['resume'])
         logged = experiment['options']
         for name in FIXED:
-            if given.get(name) and given[name] != logged[name]:
+            if name in given and given[name] != logged[name]:
                 raise UserError(
                     f'--resume: {name.replace("_", " ")} of the log: {one_line(logged[name])}, '
                     f'now: {one_line(given[name])}; leave it out, or start a new experiment'
@@ -186,7 +186,7 @@ def title(experiment) -> list[str]:
     return lines
 
 
-def command_run(given: dict, argv: list[str], signals: list) -> int:
+def command_run(given: dict, argv: list[str]) -> int:
     """`bench run`. Imports torch only now, so that --help and `show` start at once."""
     from bench import runner
     from bench.job import Job
@@ -202,7 +202,7 @@ def command_run(given: dict, argv: list[str], signals: list) -> int:
         experiment = runner.prepare(options, job)
         names = [arm.name for arm in experiment.arms]
         total = len(names) * options['runs']
-        display = make_display(console, names, total, experiment.runs, job.world)
+        display = make_display(console, names, total, experiment.runs)
         try:
             for line in title(experiment):
                 display.line(line)
@@ -283,7 +283,7 @@ def results_of(logs: list[str], options: dict):
     )
 
 
-def command_show(given: dict, argv: list[str], signals: list) -> int:
+def command_show(given: dict) -> int:
     """`bench show`."""
     from bench import report
 
@@ -305,14 +305,15 @@ def command_show(given: dict, argv: list[str], signals: list) -> int:
 # ---------------------------------------- main ----------------------------------------
 
 
-def dispatch(argv: list[str], signals: list) -> int:
+def dispatch(argv: list[str]) -> int:
     if argv[:1] == ['speed']:
         from bench import speed
 
         return speed.main(argv[1:]) or 0
     given = vars(make_parser().parse_args(argv))
-    command = {'run': command_run, 'show': command_show}[given.pop('subcommand')]
-    return command(given, argv, signals)
+    if given.pop('subcommand') == 'show':
+        return command_show(given)
+    return command_run(given, argv)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -323,7 +324,7 @@ def main(argv: list[str] | None = None) -> int:
             stream.reconfigure(errors='replace')  # a name may hold what the terminal cannot show
     with stopping_signals() as signals:
         try:
-            return dispatch(argv, signals)
+            return dispatch(argv)
         except UserError as error:
             print(f'bench: {error}', file=sys.stderr)
             return error.status

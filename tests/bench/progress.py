@@ -17,8 +17,8 @@ class Silent:
 
     wants_epochs = False
 
-    def __init__(self, arms: list[str], total: int, done: list[dict], world: int = 1):
-        self.total, self.count, self.world = total, 0, world
+    def __init__(self, arms: list[str], total: int, done: list[dict]):
+        self.total, self.count = total, 0
         self.made = {arm: [] for arm in arms}
         self.reference = arms[0]
         self.start, self.new = time.monotonic(), 0

@@ -122,7 +122,11 @@ def is_run(record: object) -> bool:
         return False
     numbers = (record.get('tta_acc'), record.get('clock_seconds'))
     named = isinstance(record.get('arm', record.get('script')), str)
-    return named and all(isinstance(x, float | int) for x in numbers)
+    rows = record.get('epochs', [])
+    with_losses = isinstance(rows, list) and all(
+        isinstance(row, dict) and {'epoch', 'train_loss'} <= row.keys() for row in rows
+    )
+    return named and with_losses and all(isinstance(x, float | int) for x in numbers)
 
 
 def read_lines(path: Path) -> tuple[list[dict], list[str]]:
@@ -195,18 +199,19 @@ def name_script_arms(runs: list[dict]):
         run['arm'] = one_line(' '.join([stem, *changes]))
 
 
-def data_size(run: dict) -> tuple:
-    """(name, training images, test images) of a run's data, None where the log does not say."""
+def data_key(run: dict) -> str:
+    """What tells a run's data: sizes and checksums, or else its name and sizes."""
     data = run.get('data')
-    if isinstance(data, dict):
-        return data.get('name'), data.get('train'), data.get('test')
-    return data, None, None
+    if not isinstance(data, dict):  # in the log of a script
+        return to_json([data, run.get('train_images'), run.get('test_images')])
+    facts = {key: value for key, value in data.items() if key != 'name'}
+    return to_json(facts if 'train_images_crc32' in facts else data, sort_keys=True)
 
 
 def identity(run: dict) -> tuple:
     """What makes two runs members of one arm: code, hyperparameters and data, not only the name."""
     settings = to_json([run.get('hyp'), run.get('compile', False)], sort_keys=True)
-    return run['arm'], run.get('sha256'), settings, data_size(run)
+    return run['arm'], run.get('sha256'), settings, data_key(run)
 
 
 def by_arm(runs: list[dict]) -> dict[str, list[dict]]:

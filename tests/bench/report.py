@@ -197,6 +197,11 @@ def sequential_plan(runs: int, comparisons: int) -> tuple[list[int], float]:
     return looks, stats.nominal_p(looks, stats.ALPHA / max(1, comparisons))
 
 
+def without_gap(runs: list[dict]) -> list[dict]:
+    """The runs of an arm up to the first turn that its log lacks: what a look may have seen."""
+    return [run for turn, run in enumerate(runs, start=1) if run.get('run', turn) == turn]
+
+
 def comparison_lines(results: Results) -> list[str]:
     """A sentence and the numbers for each arm."""
     (reference, base), *others = results.arms.items()
@@ -210,11 +215,14 @@ def comparison_lines(results: Results) -> list[str]:
         return lines
     differences = [stats.welch(percent(runs), percent(base)) for _, runs in pairs]
     adjusted = stats.holm([difference.p for difference in differences])
-    looks, p_look = sequential_plan(results.planned, results.comparisons)
+    looks, p_look = [], 0.0
+    if results.until_sure:
+        looks, p_look = sequential_plan(results.planned, results.comparisons)
     for (name, runs), difference, p in zip(pairs, differences, adjusted, strict=True):
         if results.until_sure:
             points = results.until_sure
-            decision = stats.sequential(percent(runs), percent(base), looks, p_look, points)
+            samples = (percent(without_gap(x)) for x in (runs, base))
+            decision = stats.sequential(*samples, looks, p_look, points)
             difference = decision.difference
             sentence = sequential_sentence(name, reference, decision, results)
         else:
@@ -258,9 +266,7 @@ def machine_lines(results: Results) -> list[str]:
     if results.with_clocks and len({kind[0] for kind in kinds}) > 1:
         lines.append('The runs come from several devices: their clocks cannot be compared.')
     sets = {one_line(describe_data(run)): None for run in every}
-    warmups = sum(
-        {name: runs[0].get('warmup_seconds') or 0 for name, runs in results.arms.items()}.values()
-    )
+    warmups = sum(runs[0].get('warmup_seconds') or 0 for runs in results.arms.values())
     lines += [f'Data: {text}' for text in sets]
     return [*lines, f'Warm-up: {duration(warmups)}'] if results.with_clocks else lines
 

@@ -77,7 +77,8 @@ def check_record(arm: Arm, result: object) -> dict:
     known = isinstance(record, dict) and records.is_run({'arm': arm.name, **record})
     if not known or not 0 <= record['tta_acc'] <= 1:
         raise UserError(
-            f'{arm.name}: train() must return (record, net), record with tta_acc, clock_seconds'
+            f'{arm.name}: train() must return (record, net), record with tta_acc, clock_seconds, '
+            'and epochs, a list of dicts with epoch, train_loss, ...'
         )
     return record
 
@@ -120,8 +121,10 @@ def load_data(arm: Arm, options: dict, device: torch.device) -> dict:
     if options['synthetic'] and not hasattr(module, 'synthetic_data'):
         raise UserError(f'--synthetic: {arm.script.name} has no synthetic_data')
     with script_errors(arm):
-        data = module.synthetic_data(device) if options['synthetic'] else None
-        data = data or module.load_data(options['data_dir'], device)
+        if options['synthetic']:
+            data = module.synthetic_data(device)
+        else:
+            data = module.load_data(options['data_dir'], device)
         return {split: data[split] for split in ('train', 'test')}
 
 
