@@ -10,7 +10,7 @@ from pathlib import Path
 
 import matplotlib.image
 import pytest
-from bench import plot, records
+from bench import plot, records, report
 from bench.report import duration
 from bench_helpers import command, lines, log_of, outcomes, result_of, tool, write_fake
 
@@ -161,6 +161,19 @@ def test_figure_of_one_run_and_of_many_arms(log):
     assert plot.figure({'one': [run]})._repr_png_().startswith(b'\x89PNG')  # in a notebook
     assert plot.figure({f'arm {i} ' + 'x' * 60: [run, run] for i in range(9)}).axes
     assert plot.figure({'bare': [{**run, 'epochs': []}]}).axes
+
+
+def test_figure_draws_accuracy_against_cost_where_arms_differ_in_it(log):
+    found = records.by_arm(lines(log))
+    for i, runs in enumerate(found.values()):
+        for run in runs:
+            run['flop'] = 200 - 50 * i
+    *_, dots, costs = plot.figure(found).axes
+    names = [' '.join(label.get_text().split()) for label in dots.get_yticklabels()]
+    assert names == [f'{i}. {name}, n = 6' for i, name in enumerate(found, start=1)]
+    assert [note.get_text() for note in costs.texts] == ['1', '2']
+    means = [report.percent(runs).mean() for runs in found.values()]
+    assert [note.xy for note in costs.texts] == [(1, means[0]), (0.75, means[1])]
 
 
 def test_plot_writes_the_kind_of_its_suffix(log):

@@ -11,7 +11,7 @@ from matplotlib.ticker import MaxNLocator
 
 from bench import stats
 from bench.errors import UserError, one_line
-from bench.report import describe_data, percent
+from bench.report import describe_data, flop, percent
 
 PANEL = (3.3, 2.4)  # inches
 STYLE = {'font.size': 8, 'axes.titlesize': 8, 'legend.fontsize': 8, 'lines.linewidth': 1.0}
@@ -113,6 +113,21 @@ def finish_panel(axes, label: str):
         axes.legend(loc='best', frameon=False)
 
 
+def has_costs(arms: dict) -> bool:
+    """Whether the costs of an arm or more are known to differ from the reference's."""
+    costs = [flop(runs) for runs in arms.values()]
+    return all(costs) and max(costs) > 1.01 * min(costs)
+
+
+def tick_labels(arms: dict) -> list[str]:
+    """The names of the arms, numbered where `draw_costs` refers to them."""
+    numbers = [f'{i}. ' if has_costs(arms) else '' for i in range(1, len(arms) + 1)]
+    return [
+        wrapped(number + name, runs, 36)
+        for number, (name, runs) in zip(numbers, arms.items(), strict=True)
+    ]
+
+
 def draw_dots(axes, arms: dict, target: float):
     """The TTA accuracy of every run as a dot, the mean of each arm with its 95% interval below."""
     for i, ((_, runs), shade) in enumerate(zip(arms.items(), shades(len(arms)), strict=True)):
@@ -126,14 +141,30 @@ def draw_dots(axes, arms: dict, target: float):
     if low <= target <= high + (high - low):
         axes.axvline(target, color='black', linestyle=':')
     axes.set_ylim(len(arms) - 0.5, -0.5)  # the reference is on top
-    axes.set_yticks(range(len(arms)), [wrapped(name, runs, 36) for name, runs in arms.items()])
+    axes.set_yticks(range(len(arms)), tick_labels(arms))
     axes.set_xlabel('TTA accuracy (%)')
     axes.grid(axis='x', alpha=0.3)
     axes.set_title('Accuracy of each run; mean, 95% interval')
 
 
+def draw_costs(axes, arms: dict):
+    """The mean of each arm, with its 95% interval, against its cost; numbered as in the dots."""
+    reference = flop(next(iter(arms.values())))
+    for i, (runs, shade) in enumerate(zip(arms.values(), shades(len(arms)), strict=True)):
+        average, cost = stats.mean(percent(runs)), flop(runs) / reference
+        half = 0.0 if np.isnan(average.low) else average.half
+        style = {'color': shade, 'marker': MARKERS[i % 8], 'ms': 4, 'capsize': 3}
+        axes.errorbar(cost, average.value, yerr=half, **style)
+        axes.annotate(f'{i + 1}', (cost, average.value), (4, 3), textcoords='offset points')
+    axes.set_xlabel('cost (1: that of arm 1)')
+    axes.set_ylabel('TTA accuracy (%)')
+    axes.grid(alpha=0.3)
+    axes.set_title('Mean accuracy and 95% interval against cost')
+
+
 def figure(arms: dict[str, list[dict]], target: float = 94.0) -> Figure:
-    """The runs of each arm (name -> records) as curves, the arms together, and a dot for every run.
+    """The runs of each arm (name -> records) as curves, the arms together, a dot for every run,
+    and where the arms differ in cost the accuracy against it.
 
     A notebook shows the Figure that is returned.
     """
@@ -142,12 +173,16 @@ def figure(arms: dict[str, list[dict]], target: float = 94.0) -> Figure:
     panels = panels_of([run for runs in curves.values() for run in runs])
     together = len(curves) > 1 and bool(panels)
     columns = max(1, len(panels))
+    costs = has_costs(arms)
     rows = (len(curves) if panels else 0) + together + 1
-    heights = [PANEL[1]] * (rows - 1) + [0.8 + 0.4 * len(arms)]  # inches
+    most_lines = max(1 + label.count('\n') for label in tick_labels(arms))
+    heights = [PANEL[1]] * (rows - 1)  # inches
+    heights.append(0.8 + max(0.4, 0.13 * most_lines) * len(arms))
+    heights += [1.2 * PANEL[1]] * costs
     with matplotlib.rc_context(STYLE):
         size = PANEL[0] * max(2, columns), sum(heights)  # the names need half of the width
         drawing = Drawing(figsize=size, layout='constrained')
-        parts = drawing.subfigures(rows, 1, squeeze=False, height_ratios=heights)[:, 0]
+        parts = drawing.subfigures(len(heights), 1, squeeze=False, height_ratios=heights)[:, 0]
         if panels:
             for part, (name, runs) in zip(parts, curves.items(), strict=False):
                 part.suptitle(f'Training Flow - {name} (Individual Runs)', fontsize=8)
@@ -156,12 +191,14 @@ def figure(arms: dict[str, list[dict]], target: float = 94.0) -> Figure:
                 ):
                     draw_runs(axes, runs, kind)
         if together:
-            parts[-2].suptitle('Training Flow - mean and range', fontsize=9)
+            parts[rows - 2].suptitle('Training Flow - mean and range', fontsize=9)
             for axes, kind in zip(
-                parts[-2].subplots(1, columns, squeeze=False)[0], panels, strict=True
+                parts[rows - 2].subplots(1, columns, squeeze=False)[0], panels, strict=True
             ):
                 draw_band(axes, curves, kind)
-        draw_dots(parts[-1].subplots(), arms, target)
+        draw_dots(parts[rows - 1].subplots(), arms, target)
+        if costs:
+            draw_costs(parts[-1].subplots(), arms)
         sets = dict.fromkeys(one_line(describe_data(run)) for runs in arms.values() for run in runs)
         parts[-1].supxlabel('Data: ' + '; '.join(sets), fontsize=8)
     return drawing
