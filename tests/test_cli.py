@@ -154,10 +154,10 @@ def test_runs_are_seeded_from_seed_trial_and_run_alone(call, short):
     assert [one, two] == [more[0], more[2]]
 
 
-def test_hyp_goes_before_the_recipe_and_needs_no_option(call, modified, short, tmp_path):
+def test_hyp_goes_before_the_recipe_and_needs_no_option(call, baseline, short, tmp_path):
     args = ['opt.momentum=0.5', '--recipe', 'fast94', *short, 'opt.lr=6', 'opt.lr=7']
-    result = call(*args, script=modified)
-    hyp, recipe = log_of(tmp_path).runs[0]['hyp'], modified.RECIPES['fast94']
+    result = call(*args)
+    hyp, recipe = log_of(tmp_path).runs[0]['hyp'], baseline.RECIPES['fast94']
     assert hyp['opt.small_sizes'] == recipe['opt.small_sizes']
     assert (hyp['opt.lr'], hyp['opt.momentum']) == (7, 0.5)
     assert all(word in result.out for word in ('fast94', 'opt.lr=7', 'opt.momentum=0.5'))

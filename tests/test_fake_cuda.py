@@ -85,7 +85,7 @@ def fake_data(train=2048, test=1000):
     return data
 
 
-RUNS = [(name, 'report') for name in SCRIPTS] + [('airbench94_modified', 'fast94')]
+RUNS = [(name, 'report') for name in SCRIPTS] + [('airbench94_baseline', 'fast94')]
 
 
 @pytest.mark.parametrize('name, recipe', RUNS)

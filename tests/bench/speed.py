@@ -22,8 +22,8 @@ from bench.job import device_name, pick_device
 from bench.report import QuietConsole
 
 ROOT = Path(__file__).resolve().parents[2]
-MODIFIED = 'airbench94_modified.py'
-SCRIPTS = ('airbench94_baseline.py', MODIFIED, f'{MODIFIED}:recipe=fast94')
+BASELINE = 'airbench94_baseline.py'
+SCRIPTS = (BASELINE, 'airbench94_modified.py', f'{BASELINE}:recipe=fast94')
 TRAIN_IMAGES, TEST_IMAGES = 50000, 10000
 PARTS = ('make_net', 'make_optimizer', 'train_step', 'compile_net', 'CifarLoader')
 
