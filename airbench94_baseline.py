@@ -6,6 +6,7 @@ training images: 93.63 % (n = 6, std 0.17, torch 2.14.1; tests/bench/results). N
 
     python airbench94_baseline.py                                five runs and their table
     python airbench94_baseline.py --trials 5 --runs 25 --quiet   the report's protocol: 125 runs
+    python airbench94_baseline.py --recipe fast94                0.77 of the work (README)
     python airbench94_baseline.py --compile                      through torch.compile
     python airbench94_baseline.py --hyp opt.lr=9 --save net.pt   another lr; keep the network
     python tests/bench run airbench94_baseline.py mine.py        is an edited copy better?
@@ -300,7 +301,7 @@ class CifarNet(nn.Module):
         x = F.gelu(F.conv2d(images, self.whiten.weight, bias))
         x = self.groups(x)
         x = F.max_pool2d(x, x.shape[-1]).flatten(1)
-        return self.head(x * self.scaling_factor)  # which scales the logits: no bias follows
+        return self.head(x * self.scaling_factor)  # scales the logits: the head has no bias
 
 
 def make_net(hyp: dict, device: torch.device | str = 'cpu', num_classes: int = 10) -> CifarNet:
@@ -334,8 +335,8 @@ def make_optimizer(net: nn.Module, hyp: dict) -> torch.optim.Optimizer:
     """Nesterov SGD on the BatchNorm biases (group 0) and all else that is trained (group 1).
     For another optimizer change this function alone. Source: arXiv:2404.00498."""
     opt = hyp['opt']
-    # One gradient moves a weight by lr / (1 - momentum) in all. hyp's lr is about that, in the unit
-    # of airbench94, for 1024 examples: the summed loss grows with the batch, the decay is made to.
+    # One gradient moves a weight by lr / (1 - momentum) in all; airbench94 divides by about that and
+    # by 1024, the examples: the summed loss grows with the batch, and the decay is made to.
     kilostep_scale = 1024 * (1 + 1 / (1 - opt['momentum']))
     lr = opt['lr'] / kilostep_scale
     decay = opt['weight_decay'] * opt['batch_size'] / kilostep_scale
@@ -601,7 +602,7 @@ class Runs(list):
         seconds = time.perf_counter() - self.start
         return duration(seconds / self.done - seconds)
 
-    def show_step(self, step: int, total_steps: int):  # on the clock: seldom more than a number
+    def show_step(self, step: int, total_steps: int):  # on the clock: prints every 10 s at most
         self.done = (len(self) + step / total_steps) / self.n_runs
         if self.moving and time.perf_counter() - self.shown > 10:  # a line that is written over
             self.shown = time.perf_counter()

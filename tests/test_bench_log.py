@@ -97,6 +97,16 @@ def test_reference_target_and_margin_of_show(log):
     assert status == 2 and 'there are fake, fake fake.skill=93' in err
 
 
+@pytest.mark.parametrize('lost, seen', [(3, 2), (1, 7)])
+def test_a_look_sees_no_turn_behind_a_lost_one_but_shows_what_there_is(lost, seen, log):
+    until_sure = ['--until-sure', 0.001, '--runs', 8, '--seed', 5, '--log-dir', 'sure']
+    assert tool('run', 'fake.py', 'fake.py', *until_sure)[0] == 0
+    sure = log_of('sure')
+    write_runs(sure / 'runs.jsonl', [run for run in lines(sure) if run['run'] != lost])
+    status, out, _ = tool('show', sure)
+    assert status == 0 and f'n = {seen} (look 0)' in ' '.join(out.split()) and 'nan' not in out
+
+
 def test_durations_have_two_units():
     assert [*map(duration, (-1, 59.4, 59.5, 7500))] == ['0s', '59s', '1m 00s', '2h 05m']
 

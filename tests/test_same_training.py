@@ -1,7 +1,8 @@
 """The scripts train as the landed code did before the rewrite (see reference.json).
 
 One figure moved: on a CPU a batch of the evaluation holds 500 images in place of 100, and fast94
-gives test-time augmentation to whole batches, here to all 200 images: its tta_acc is not compared.
+(then a recipe of the modified script) gives test-time augmentation to whole batches, here to all
+200 images: its tta_acc is not compared.
 """
 
 import json

@@ -39,7 +39,7 @@ EXAMPLES = """\
 examples
   python tests/bench run airbench94_modified.py mine.py --runs 25
   python tests/bench run mine.py --sweep opt.lr=9,11.5,14 --until-sure 0.1
-  python tests/bench run mine.py mine.py:recipe=fast94,compile=true --margin 0.1
+  python tests/bench run airbench94_baseline.py airbench94_baseline.py:recipe=fast94 --margin 0.1
   torchrun --nproc_per_node=8 tests/bench run airbench94_baseline.py mine.py --runs 200
   python tests/bench run --resume logs/20260101T000000Z-bench-1a2b3c
   python tests/bench show logs/A logs/B --plot figure.png

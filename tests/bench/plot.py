@@ -114,7 +114,7 @@ def finish_panel(axes, label: str):
 
 
 def has_costs(arms: dict) -> bool:
-    """Whether the costs of an arm or more are known to differ from the reference's."""
+    """Whether the costs of all arms are known, and differ by more than 1%."""
     costs = [flop(runs) for runs in arms.values()]
     return all(costs) and max(costs) > 1.01 * min(costs)
 
@@ -164,7 +164,7 @@ def draw_costs(axes, arms: dict):
 
 def figure(arms: dict[str, list[dict]], target: float = 94.0) -> Figure:
     """The runs of each arm (name -> records) as curves, the arms together, a dot for every run,
-    and where the arms differ in cost the accuracy against it.
+    and the accuracy against cost, where all costs are known and differ.
 
     A notebook shows the Figure that is returned.
     """

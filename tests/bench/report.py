@@ -221,8 +221,10 @@ def comparison_lines(results: Results) -> list[str]:
     for (name, runs), difference, p in zip(pairs, differences, adjusted, strict=True):
         if results.until_sure:
             points = results.until_sure
-            samples = (percent(without_gap(x)) for x in (runs, base))
-            decision = stats.sequential(*samples, looks, p_look, points)
+            samples, seen = [without_gap(runs), without_gap(base)], looks
+            if min(map(len, samples)) < 2:  # no look could be made: what there is
+                samples, seen = [runs, base], []
+            decision = stats.sequential(*map(percent, samples), seen, p_look, points)
             difference = decision.difference
             sentence = sequential_sentence(name, reference, decision, results)
         else:
