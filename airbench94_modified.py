@@ -331,8 +331,8 @@ def make_optimizer(net: nn.Module, hyp: dict) -> torch.optim.Optimizer:
     """Nesterov SGD on the BatchNorm biases (group 0) and all else that is trained (group 1).
     For another optimizer change this function alone. Source: arXiv:2404.00498."""
     opt = hyp['opt']
-    # One gradient moves a weight by lr / (1 - momentum) in all; airbench94 divides by about that and
-    # by 1024, the examples: the summed loss grows with the batch, and the decay is made to.
+    # One gradient moves a weight by lr / (1 - momentum) in all; airbench94 divides by about that,
+    # and by 1024 examples: the summed loss grows with the batch, and the decay is made to.
     kilostep_scale = 1024 * (1 + 1 / (1 - opt['momentum']))
     lr = opt['lr'] / kilostep_scale
     decay = opt['weight_decay'] * opt['batch_size'] / kilostep_scale
