@@ -123,7 +123,7 @@ def tick_labels(arms: dict) -> list[str]:
     """The names of the arms, numbered where `draw_costs` refers to them."""
     numbers = [f'{i}. ' if has_costs(arms) else '' for i in range(1, len(arms) + 1)]
     return [
-        wrapped(number + name, runs, 36)
+        wrapped(number + name, runs, 42)
         for number, (name, runs) in zip(numbers, arms.items(), strict=True)
     ]
 
