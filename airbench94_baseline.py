@@ -6,7 +6,7 @@ training images: 93.63 % (n = 6, std 0.17, torch 2.14.1; tests/bench/results). N
 
     python airbench94_baseline.py                                five runs and their table
     python airbench94_baseline.py --trials 5 --runs 25 --quiet   the report's protocol: 125 runs
-    python airbench94_baseline.py --recipe fast94                93.67 % (n=5) at 0.77 of the cost
+    python airbench94_baseline.py --recipe fast94                93.64 % (n=6) at 0.77 of the cost
     python airbench94_baseline.py --compile                      through torch.compile
     python airbench94_baseline.py --hyp opt.lr=9 --save net.pt   another lr; keep the network
     python tests/bench run airbench94_baseline.py mine.py        is an edited copy better?
