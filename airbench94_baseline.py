@@ -513,7 +513,7 @@ def train(
         start = now(device)
         try:
             results = training.run_epoch(len(rows), on_step)
-        except KeyboardInterrupt:  # a new one: a notebook would show the frames of what it stopped
+        except KeyboardInterrupt:  # a new one, or a notebook shows the frames of all it stopped
             raise KeyboardInterrupt(f'stopped at step {training.step}') from None
         end = now(device)
         seconds += end - start
