@@ -2,7 +2,7 @@
 
 The recipe of Keller Jordan (arXiv:2404.00498), who reports 94.01 % on average (n = 1000) in 3.83
 seconds on an A100. This is an independent implementation of it. On CPUs, 40,000 / 10,000 of the
-training images: 93.63 % (n = 6, std 0.17, torch 2.14.1; tests/bench/results). No GPU figure yet.
+training images: 93.66 % (n = 8, std 0.16, torch 2.14.1; tests/bench/results). No GPU figure yet.
 
     python airbench94_baseline.py                                five runs and their table
     python airbench94_baseline.py --trials 5 --runs 25 --quiet   the report's protocol: 125 runs
