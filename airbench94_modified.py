@@ -319,7 +319,9 @@ def compile_net(net: nn.Module) -> nn.Module:
     # (float32, atomics; PyTorch issue 195123), and with less that is stored in float32.
     rules = dict(decomposition.select_decomp_table())
     rules.pop(torch.ops.aten.max_pool2d_with_indices_backward.default, None)
+    # As CUDA graphs: launched one by one, its kernels left an H200 waiting for the host.
     patches = {'realize_reads_threshold': 8, 'realize_opcount_threshold': 100}
+    patches['triton.cudagraphs'] = True
     backend = functools.partial(compile_fx.compile_fx, config_patches=patches, decompositions=rules)
     torch._dynamo.config.cache_size_limit = 256  # kinds of batches of all networks; over it: eager
     net.compile(backend=backend, dynamic=False)

@@ -1,8 +1,11 @@
 """The CUDA path. `-m cuda_host`: what a stand-in that executes nothing can show, too (.ci/run).
 `-m cuda`: what needs a GPU's results."""
 
+import copy
 import gc
+import itertools
 
+import numpy as np
 import pytest
 import torch
 from bench import speed
@@ -54,26 +57,42 @@ def test_a_run_from_the_command_line(script, run_main):
 
 @pytest.mark.cuda_host
 def test_compiled_runs_in_one_process_leave_nothing_behind(script, run_main, monkeypatch):
-    """Three calls of main. Nothing is compiled after a warm-up, no memory stays."""
-    graphs, warm_up = torch._dynamo.utils.counters['stats'], script.warm_up
-    counted, memory = [], []
+    """Three calls of main. Nothing is compiled or captured after a warm-up, and no memory stays
+    but the weights of a network, which torch keeps with its CUDA graphs (4 MB of the real one)."""
+    stats, warm_up = torch._dynamo.utils.counters['stats'], script.warm_up
+    counted, memory, captures = [], [], []
+
+    class CountedGraph(torch.cuda.graph):
+        def __enter__(self):
+            captures.append(self)
+            return super().__enter__()
+
+    def count():
+        return np.array((stats['unique_graphs'], len(captures)))
 
     def warm_up_and_count(*args, **kwargs):
         result = warm_up(*args, **kwargs)
-        counted.append(graphs['unique_graphs'])
+        counted.append(count())
         return result
 
+    monkeypatch.setattr(torch.cuda, 'graph', CountedGraph)
     monkeypatch.setattr(script, 'warm_up', warm_up_and_count)
     for _ in range(3):
         kinds = ['opt.train_epochs=2', 'opt.small_sizes=[24]', 'opt.whiten_bias_epochs=1']
-        before = graphs['unique_graphs']
+        before = count()
         run_main(script, '--compile', '--hyp', *kinds, *NARROW_ARGS)
-        assert graphs['unique_graphs'] == counted[-1]  # after the run as after its warm-up
+        assert np.array_equal(count(), counted[-1])  # after the run as after its warm-up
         # Steps of 24 pixels, and of 32 with a frozen bias; evaluation of 2,000 and of 500 images.
-        assert counted[-1] - before == 4
+        # Each is a CUDA graph, steps are two: forward and backward.
+        compiled, captured = counted[-1] - before
+        assert compiled == 4 and captured >= 6
         gc.collect()
         memory.append(torch.cuda.memory_allocated())
-    assert memory[0] == memory[1] == memory[2]
+    before = torch.cuda.memory_allocated()
+    net = script.make_net(narrow_hyp(script), 'cuda')
+    weights = torch.cuda.memory_allocated() - before
+    del net
+    assert np.diff(memory).max() <= weights
 
 
 @pytest.mark.cuda_host
@@ -195,28 +214,36 @@ def test_a_seed_gives_the_same_batches_in_both_scripts(baseline, modified, gpu_d
 
 @pytest.mark.cuda
 @pytest.mark.parametrize('size, trained', [(24, True), (32, False)])
-def test_a_compiled_step_is_the_eager_one(script, gpu_data, size, trained):
-    """In half precision, from the same weights, at a real batch size."""
-    nets = [script.make_net(script.hyp, 'cuda').train() for _ in range(2)]
-    loader = script.CifarLoader(gpu_data, batch_size=512, aug=script.hyp['aug'])
-    images, labels = next(iter(loader))
-    images = images[:, :, :size, :size].contiguous(memory_format=torch.channels_last)
-    targets = torch.nn.functional.one_hot(labels, 10).float()
+def test_compiled_steps_are_the_eager_ones(script, gpu_data, size, trained):
+    """In half precision, from the same weights, at a real batch size. Six steps: the first two of
+    the compiled network run and record its CUDA graphs, the others replay them on new images."""
+    hyp = script.changed_hyp(['opt.lr=4'])
+    nets = [script.make_net(hyp, 'cuda').train() for _ in range(2)]
+    loader = script.CifarLoader(gpu_data, batch_size=512, aug=hyp['aug'])
     nets[0].init_whitening(loader.proc_images['norm'])
     nets[1].load_state_dict(nets[0].state_dict())
+    start = copy.deepcopy(nets[0].state_dict())
     script.compile_net(nets[1])
-    losses, results = [], []
-    for net in nets:
-        optimizer = script.make_optimizer(net, script.hyp)
-        loss, _ = script.train_step(net, optimizer, images, targets, trained)
-        results.append(net.state_dict())
-        losses.append(loss)
-    torch.testing.assert_close(*losses, rtol=1e-2, atol=0)
-    torch.testing.assert_close(*results, rtol=2e-2, atol=5e-3)
+    optimizers = [script.make_optimizer(net, hyp) for net in nets]
+    for images, labels in itertools.islice(loader, 6):
+        images = images[:, :, :size, :size].contiguous(memory_format=torch.channels_last)
+        targets = torch.nn.functional.one_hot(labels, 10).float()
+        losses = [
+            script.train_step(net, optimizer, images, targets, trained)[0]
+            for net, optimizer in zip(nets, optimizers, strict=True)
+        ]
+        torch.testing.assert_close(*losses, rtol=1e-2, atol=0)
+    eager, compiled = (net.state_dict() for net in nets)
+    for name, before in start.items():
+        moved = (eager[name] - before).float().norm()
+        # Of one CPU's bfloat16 and float32, with an eighth of the precision, they were 0.14 apart.
+        assert (compiled[name] - eager[name]).float().norm() <= 0.1 * moved, name
 
 
 @pytest.mark.cuda
 @pytest.mark.parametrize('options', [[], ['--compile']], ids=['eager', 'compiled'])
 def test_training_learns(script, run_main, options):
-    (run,) = run_main(script, *options, '--hyp', 'opt.train_epochs=2', *NARROW_ARGS)
+    # With a lower lr: at its own, the narrow network of the modified script may diverge.
+    changes = ['opt.train_epochs=2', 'opt.lr=8', *NARROW_ARGS]
+    (run,) = run_main(script, *options, '--seed', '1', '--hyp', *changes)
     assert run['tta_acc'] > 0.3
