@@ -671,7 +671,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     gpus = ['cuda', *(f'cuda:{i}' for i in range(torch.cuda.device_count()))]
     devices = [*gpus, 'cpu', 'auto'] if torch.cuda.is_available() else ['cpu', 'auto']
     add('--device', choices=devices, default='auto', help='a GPU if there is one (auto)')
-    add('--compile', action='store_true', help='minutes more of warm-up, then faster')
+    add('--compile', action='store_true', help='compiled kernels; warms up longer')
     add('--recipe', choices=RECIPES, default='report', help='a set of changes to hyp (report)')
     add('--hyp', metavar='KEY=VALUE', nargs='+', action='extend', default=[], help='opt.lr=9 ...')
     add('--data-dir', metavar='DIR', default='cifar10', help='has or gets the images (cifar10)')
