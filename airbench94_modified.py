@@ -312,16 +312,16 @@ def make_net(hyp: dict, device: torch.device | str = 'cpu', num_classes: int = 1
 
 
 def compile_net(net: nn.Module) -> nn.Module:
-    """Compile a network in place, once for all runs that are given it. Returns it."""
+    """Compile a network in place for all runs. On CUDA a call overwrites what calls before it gave
+    (logits, gradients): clone what you keep. Returns the network."""
     from torch._inductor import compile_fx, decomposition  # here, as it takes a second
 
     # Half the memory traffic of a plain net.compile(): without Inductor's own backward of pooling
     # (float32, atomics; PyTorch issue 195123), and with less that is stored in float32.
     rules = dict(decomposition.select_decomp_table())
     rules.pop(torch.ops.aten.max_pool2d_with_indices_backward.default, None)
-    # As CUDA graphs: launched one by one, its kernels left an H200 waiting for the host.
     patches = {'realize_reads_threshold': 8, 'realize_opcount_threshold': 100}
-    patches['triton.cudagraphs'] = True
+    patches['triton.cudagraphs'] = True  # the host was the limit, it seems, on an H200
     backend = functools.partial(compile_fx.compile_fx, config_patches=patches, decompositions=rules)
     torch._dynamo.config.cache_size_limit = 256  # kinds of batches of all networks; over it: eager
     net.compile(backend=backend, dynamic=False)

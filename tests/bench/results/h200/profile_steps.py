@@ -1,4 +1,4 @@
-"""What profile.txt shows: python tests/bench/results/h200/profile.py, in the repository's root."""
+"""What profile.txt shows: python tests/bench/results/h200/profile_steps.py, in the repository's root."""
 
 import copy
 import sys
