@@ -90,7 +90,7 @@ def test_signal_ends_it_with_the_table_of_the_finished_runs(n, number, tmp_path)
         assert process.returncode == 128 + number and 'Traceback' not in out, out
         made = len(lines(log))
         assert runs_in_table(out) == made
-        assert f'stopped after {made} finished runs; `run --resume {log}`' in out
+        assert f'stopped after {made} finished runs; `python tests/bench run --resume {log}`' in out
 
 
 @pytest.mark.parametrize('number', SIGNALS)

@@ -74,6 +74,28 @@ def test_other_code_and_other_data_are_not_pooled_under_one_name(log):
         assert arms_of(log, 'other.jsonl') == dict.fromkeys(names, 6)
 
 
+def test_several_data_sets_are_not_compared_without_a_word(log):
+    text = (log / 'runs.jsonl').read_text()
+    Path('other.jsonl').write_text(text.replace('"train": ', '"train": 1'))
+    warning = 'made on several data sets'
+    assert warning in tool('show', log, 'other.jsonl')[1] and warning not in tool('show', log)[1]
+
+
+def test_an_experiment_is_the_reference_of_what_scripts_logged_by_themselves(log):
+    own = [
+        {k: v for k, v in run.items() if 'arm' not in k} | {'script': 'own'} for run in lines(log)
+    ]
+    write_runs('own.jsonl', own)
+    assert [*arms_of('own.jsonl', log)][0] == 'fake'
+
+
+def test_show_says_what_all_arms_were_given(log):
+    assert 'All arms' not in tool('show', log)[1]
+    given = ['--hyp', 'opt.lr=9', '--runs', 2, '--log-dir', 'given']
+    assert 'All arms: opt.lr=9\n' in tool('run', 'fake.py', *given)[1]
+    assert 'All arms: opt.lr=9\n' in tool('show', log_of('given'))[1]
+
+
 def test_one_data_set_in_two_folders_is_pooled(log):
     text = (log / 'runs.jsonl').read_text()
     Path('other.jsonl').write_text(text.replace('"name": "', '"name": "other/'))
@@ -158,12 +180,21 @@ def test_figure_has_no_empty_panel_and_draws_every_run(curves, log):
     with warnings.catch_warnings():
         warnings.simplefilter('error')
         axes = plot.figure(found).axes
-    kinds = ['training loss', 'test accuracy (%)'] if curves else ['training loss']
+    kinds = ['loss of the last batch', 'test accuracy (%)'][: 1 + curves]
     assert [panel.get_ylabel() for panel in axes] == [*kinds * 3, '']
     assert axes[-1].get_xlabel() == 'TTA accuracy (%)'
     names = [' '.join(label.get_text().split()) for label in axes[-1].get_yticklabels()]
     assert names == [f'{name}, n = {len(runs)}' for name, runs in found.items()]
     assert all(panel.has_data() for panel in axes) and len(axes[0].lines) == 6
+
+
+def test_a_panel_for_which_an_arm_has_no_values_is_left_out(log):
+    found = records.by_arm(lines(log))
+    for run in found['fake']:
+        for row in run['epochs']:
+            row['test_acc'] = 0.9
+    panels = plot.figure(found).axes
+    assert [panel.get_visible() for panel in panels] == [True, True, True, False, *[True] * 3]
 
 
 def test_figure_of_one_run_and_of_many_arms(log):

@@ -232,7 +232,8 @@ def stopped_line(experiment) -> str:
     """What is said of an experiment that a signal ended."""
     runs = [*experiment.runs, *experiment.unlogged] if experiment else []
     line = f'stopped after {len(runs)} finished runs'
-    return f'{line}; `run --resume {one_line(experiment.folder)}` goes on' if runs else line
+    command = f'python tests/bench run --resume {one_line(experiment.folder)}'
+    return f'{line}; `{command}` goes on' if runs else line
 
 
 def keep_details(experiment, error: UserError, rank: int):
@@ -278,6 +279,7 @@ def results_of(logs: list[str], options: dict):
         planned=logged.get('runs', 0),
         searched=bool(logged.get('sweep')),
         with_clocks=not options.get('no_clock'),
+        common=log.common,
         notes=log.notes,
         folders=logs,
     )

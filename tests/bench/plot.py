@@ -44,7 +44,10 @@ def curve(run: dict, key: str, scale: float = 1.0) -> tuple[list, list]:
 
 def panels_of(runs: list[dict]) -> list[tuple]:
     """(key, scale, label) of what the epochs of some runs can show: no empty panels."""
-    kinds = [('train_loss', 1.0, 'training loss'), ('test_acc', 100.0, 'test accuracy (%)')]
+    kinds = [
+        ('train_loss', 1.0, 'loss of the last batch'),
+        ('test_acc', 100.0, 'test accuracy (%)'),
+    ]
     return [kind for kind in kinds if any(curve(run, kind[0])[0] for run in runs)]
 
 
@@ -95,21 +98,24 @@ def draw_band(axes, arms: dict, kind: tuple):
             epochs,
             [np.mean(x) for x in values],
             LINES[i % 4],
-            label=wrapped(name, runs, 38),
+            label=wrapped(name, runs, 90),
             **style,
         )
         axes.fill_between(
             epochs, [min(x) for x in values], [max(x) for x in values], color=shade, alpha=0.2
         )
-    finish_panel(axes, label)
+    finish_panel(axes, label, legend=False)
 
 
-def finish_panel(axes, label: str):
+def finish_panel(axes, label: str, legend=True):
+    axes.set_visible(
+        any(len(line.get_xdata()) for line in axes.lines)
+    )  # its log may have no such values
     axes.set_xlabel('epoch')
     axes.set_ylabel(label)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.grid(alpha=0.3)
-    if axes.get_legend_handles_labels()[0]:
+    if legend and axes.get_legend_handles_labels()[0]:
         axes.legend(loc='best', frameon=False)
 
 
@@ -138,6 +144,7 @@ def draw_dots(axes, arms: dict, target: float):
         half = 0.0 if np.isnan(average.low) else average.half
         axes.errorbar(average.value, i + 0.28, xerr=half, fmt='|k', capsize=3, ms=8)
     low, high = axes.get_xlim()
+    axes.set_xlim(max(low, -1), min(high, 101))  # an interval of two runs may go beyond
     if low <= target <= high + (high - low):
         axes.axvline(target, color='black', linestyle=':')
     axes.set_ylim(len(arms) - 0.5, -0.5)  # the reference is on top
@@ -149,13 +156,18 @@ def draw_dots(axes, arms: dict, target: float):
 
 def draw_costs(axes, arms: dict):
     """The mean of each arm, with its 95% interval, against its cost; numbered as in the dots."""
-    reference = flop(next(iter(arms.values())))
+    reference, drawn = flop(next(iter(arms.values()))), []
     for i, (runs, shade) in enumerate(zip(arms.values(), shades(len(arms)), strict=True)):
         average, cost = stats.mean(percent(runs)), flop(runs) / reference
         half = 0.0 if np.isnan(average.low) else average.half
         style = {'color': shade, 'marker': MARKERS[i % 8], 'ms': 4, 'capsize': 3}
         axes.errorbar(cost, average.value, yerr=half, **style)
-        axes.annotate(f'{i + 1}', (cost, average.value), (4, 3), textcoords='offset points')
+        near = [
+            x for x in drawn if np.allclose(x, (cost, average.value), rtol=0, atol=(0.02, 0.05))
+        ]
+        corner = ((4, 3), (-10, -10), (4, -10), (-10, 3))[len(near) % 4]  # labels of equal arms
+        axes.annotate(f'{i + 1}', (cost, average.value), corner, textcoords='offset points')
+        drawn.append((cost, average.value))
     axes.set_xlabel('cost (1: that of arm 1)')
     axes.set_ylabel('TTA accuracy (%)')
     axes.grid(alpha=0.3)
@@ -177,6 +189,8 @@ def figure(arms: dict[str, list[dict]], target: float = 94.0) -> Figure:
     rows = (len(curves) if panels else 0) + together + 1
     most_lines = max(1 + label.count('\n') for label in tick_labels(arms))
     heights = [PANEL[1]] * (rows - 1)  # inches
+    if together:
+        heights[-1] += 0.17 * sum(wrapped(*arm, 90).count('\n') + 1 for arm in curves.items())
     heights.append(0.8 + max(0.4, 0.13 * most_lines) * len(arms))
     heights += [1.2 * PANEL[1]] * costs
     with matplotlib.rc_context(STYLE):
@@ -185,17 +199,20 @@ def figure(arms: dict[str, list[dict]], target: float = 94.0) -> Figure:
         parts = drawing.subfigures(len(heights), 1, squeeze=False, height_ratios=heights)[:, 0]
         if panels:
             for part, (name, runs) in zip(parts, curves.items(), strict=False):
-                part.suptitle(f'Training Flow - {name} (Individual Runs)', fontsize=8)
+                title = f'Training Flow - {name} (Individual Runs)'
+                part.suptitle(textwrap.fill(title, 90), fontsize=8)
                 for axes, kind in zip(
                     part.subplots(1, columns, squeeze=False)[0], panels, strict=True
                 ):
                     draw_runs(axes, runs, kind)
         if together:
-            parts[rows - 2].suptitle('Training Flow - mean and range', fontsize=9)
-            for axes, kind in zip(
-                parts[rows - 2].subplots(1, columns, squeeze=False)[0], panels, strict=True
-            ):
+            part = parts[rows - 2]
+            part.suptitle('Training Flow - mean and range', fontsize=8)
+            bands = part.subplots(1, columns, squeeze=False)[0]
+            for axes, kind in zip(bands, panels, strict=True):
                 draw_band(axes, curves, kind)
+            lines, names = bands[0].get_legend_handles_labels()
+            part.legend(lines, names, loc='outside lower center', frameon=False)
         draw_dots(parts[rows - 1].subplots(), arms, target)
         if costs:
             draw_costs(parts[-1].subplots(), arms)

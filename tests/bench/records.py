@@ -23,6 +23,7 @@ class Log:
 
     runs: list[dict]
     experiment: dict | None = None  # where everything is of one experiment
+    common: str = ''  # what --hyp gave all arms
     notes: list[str] = field(default_factory=list)
 
 
@@ -181,7 +182,13 @@ def read(paths: list[str]) -> Log:
             notes += lost
     name_script_arms(runs)
     unique = {to_json([*identity(run), run.get('seed'), run.get('run')]): run for run in runs}
-    return Log([*unique.values()], experiments[0] if len(experiments) == 1 else None, notes)
+    given = {' '.join(e['options'].get('hyp', [])) if e else '' for e in experiments}
+    return Log(
+        [*unique.values()],
+        experiments[0] if len(experiments) == 1 else None,
+        given.pop() if len(given) == 1 else '',
+        notes,
+    )
 
 
 def name_script_arms(runs: list[dict]):
@@ -215,12 +222,15 @@ def identity(run: dict) -> tuple:
 
 
 def by_arm(runs: list[dict]) -> dict[str, list[dict]]:
-    """The runs of each arm by turn, the reference first; arms that share a name get numbers."""
+    """The runs of each arm by turn, the reference first; arms that share a name get numbers.
+
+    What a script logged by itself comes after the reference of an experiment.
+    """
     groups: dict[tuple, list] = {}
     for run in runs:
         groups.setdefault(identity(run), []).append(run)
     arms: dict[str, list] = {}
-    for members in sorted(groups.values(), key=lambda members: members[0].get('arm_index', 0)):
+    for members in sorted(groups.values(), key=lambda members: members[0].get('arm_index', 0.5)):
         label, number = members[0]['arm'], 1
         while label in arms:
             number += 1

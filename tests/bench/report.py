@@ -10,6 +10,7 @@ from rich.table import Table
 
 from bench import stats
 from bench.errors import UserError, one_line
+from bench.records import data_key
 
 WIDTH = 100  # of what is piped
 
@@ -25,6 +26,7 @@ class Results:
     planned: int = 0
     searched: bool = False  # arms of a sweep
     with_clocks: bool = True  # those of a busy machine say nothing
+    common: str = ''  # what --hyp gave all arms
     notes: list[str] = field(default_factory=list)
     folders: list[str] = field(default_factory=list)
 
@@ -267,6 +269,8 @@ def machine_lines(results: Results) -> list[str]:
     ]
     if results.with_clocks and len({kind[0] for kind in kinds}) > 1:
         lines.append('The runs come from several devices: their clocks cannot be compared.')
+    if len({data_key(run) for run in every}) > 1:
+        lines.append('The runs were made on several data sets: compare only those of one.')
     sets = {one_line(describe_data(run)): None for run in every}
     warmups = sum(runs[0].get('warmup_seconds') or 0 for runs in results.arms.values())
     lines += [f'Data: {text}' for text in sets]
@@ -292,6 +296,8 @@ def put_reference_first(arms: dict, reference: str | None) -> dict:
 
 def print_report(console: Console, results: Results):
     """The table, the comparisons, and where it all comes from."""
+    if results.common:
+        console.print(f'All arms: {one_line(results.common)}')
     if results.arms:
         console.print(arms_table(results))
         lines = ['+-: 95% confidence interval of the mean. Std: of a run, in points.']

@@ -83,12 +83,17 @@ def check_record(arm: Arm, result: object) -> dict:
     return record
 
 
-def warm_up(arm: Arm, data: dict, device: torch.device, net: torch.nn.Module | None):
-    """What must not be on the first run's clock: the script's own warm-up, or a short training."""
+def warm_up(
+    arm: Arm, data: dict, device: torch.device, net: torch.nn.Module | None
+) -> float | None:
+    """What must not be on the first run's clock: the script's own warm-up, or a short training.
+
+    Returns the seconds of a run where the script's warm-up tells them.
+    """
     module = arm.script.module
     if hasattr(module, 'warm_up'):
-        module.warm_up(data, arm.nested_hyp(), device, net=net)
-        return
+        seconds = module.warm_up(data, arm.nested_hyp(), device, net=net)
+        return seconds if isinstance(seconds, float | int) else None
     epochs, batch_size = arm.hyp.get('opt.train_epochs'), arm.hyp.get('opt.batch_size')
     try:
         part = first_images(data, WARM_UP_BATCHES * batch_size, WARM_UP_TEST_IMAGES)
@@ -96,10 +101,11 @@ def warm_up(arm: Arm, data: dict, device: torch.device, net: torch.nn.Module | N
         module.train(part, 0, hyp=hyp, device=device, net=net, quiet=True)
     except Exception:  # no such keys, or data that cannot be cut: then a whole run
         module.train(data, 0, hyp=arm.nested_hyp(), device=device, net=net, quiet=True)
+    return None
 
 
-def prepare_arm(arm: Arm, data: dict, device: torch.device) -> tuple[torch.nn.Module | None, float]:
-    """The compiled network of an arm, if it has one, and the seconds of its warm-up."""
+def prepare_arm(arm: Arm, data: dict, device: torch.device) -> tuple:
+    """The compiled network of an arm, if it has one, the seconds of its warm-up, and of a run."""
     start, net = time.perf_counter(), None
     with script_errors(arm):
         if arm.compile:
@@ -108,8 +114,8 @@ def prepare_arm(arm: Arm, data: dict, device: torch.device) -> tuple[torch.nn.Mo
                 arm.nested_hyp(), device, num_classes=len(data['train']['classes'])
             )
             net = module.compile_net(net) or net
-        warm_up(arm, data, device, net)
-    return net, time.perf_counter() - start
+        run_seconds = warm_up(arm, data, device, net)
+    return net, time.perf_counter() - start, run_seconds
 
 
 # ---------------------------------------- Preparation ----------------------------------------
@@ -261,7 +267,19 @@ class Runner:
         for number, arm in enumerate(self.experiment.arms, start=1):
             self.display.line(f'Warm-up {number} of {len(self.experiment.arms)}: {arm.name}')
             self.prepared[arm.name] = prepare_arm(arm, self.experiment.data, self.experiment.device)
+        self.show_estimate()
         self.display.begin()
+
+    def show_estimate(self):
+        """How long it will take, before the first run has shown it."""
+        seconds = {name: run_seconds for name, (_, _, run_seconds) in self.prepared.items()}
+        if None not in seconds.values():
+            runs = self.experiment.options['runs']
+            todo = [(name, turn) for name in seconds for turn in range(1, runs + 1)]
+            left = sum(seconds[name] for name, turn in todo if (name, turn) not in self.made)
+            turn, left = map(report.duration, (sum(seconds.values()), left / self.job.world))
+            most = 'at most ' if self.experiment.options['until_sure'] else ''
+            self.display.line(f'About {turn} a turn, {most}{left} in all')
 
     def turn_order(self, turn: int) -> list[Arm]:
         """The arms in the order of a turn, which does not depend on what was made before."""
@@ -298,7 +316,7 @@ class Runner:
         experiment, options = self.experiment, self.experiment.options
         if not self.prepared:
             self.warm_up()
-        net, warmup_seconds = self.prepared[arm.name]
+        net, warmup_seconds, _ = self.prepared[arm.name]
         seed, start = run_seed(options['seed'], turn), time.perf_counter()
         if experiment.device.type == 'cuda':  # the peak is that of the run, not of the process
             torch.cuda.reset_peak_memory_stats(experiment.device)
