@@ -202,6 +202,17 @@ def test_a_bad_word_is_one_line_before_any_work_with_what_was_meant(word, call, 
     assert name not in MEANT or f'did you mean --hyp {MEANT[name]}=' in result.err
 
 
+def test_a_key_like_no_other_is_answered_with_all(call, short):
+    assert 'hyp has opt.train_epochs, opt.batch_size' in call(*short, 'opt.lrr=3').err
+
+
+def test_hyperparameters_that_fail_do_so_in_a_line_of_the_script(call, short, baseline):
+    err = call(*short, 'opt.small_sizes=[2.5]').err
+    number = int(re.search(r'these hyperparameters fail in line (\d+): TypeError', err)[1])
+    source = Path(baseline.__file__).read_text().splitlines()
+    assert 'F.interpolate' in source[number - 1]
+
+
 INFINITE = [float('nan'), float('inf'), -1.0, 0.0]
 HYPERPARAMETERS = {  # values that make a run, values that may end in one line
     'opt.lr': ([0.01, 1e9], INFINITE),
