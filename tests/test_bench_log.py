@@ -77,7 +77,7 @@ def test_other_code_and_other_data_are_not_pooled_under_one_name(log):
 def test_several_data_sets_are_not_compared_without_a_word(log):
     text = (log / 'runs.jsonl').read_text()
     Path('other.jsonl').write_text(text.replace('"train": ', '"train": 1'))
-    warning = 'made on several data sets'
+    warning = 'The data differ, or'
     assert warning in tool('show', log, 'other.jsonl')[1] and warning not in tool('show', log)[1]
 
 
@@ -94,6 +94,8 @@ def test_show_says_what_all_arms_were_given(log):
     given = ['--hyp', 'opt.lr=9', '--runs', 2, '--log-dir', 'given']
     assert 'All arms: opt.lr=9\n' in tool('run', 'fake.py', *given)[1]
     assert 'All arms: opt.lr=9\n' in tool('show', log_of('given'))[1]
+    out = tool('run', 'fake.py', 'fake.py:opt.lr=8', *given)[1]
+    assert 'All arms, unless named otherwise: opt.lr=9\n' in out
 
 
 def test_one_data_set_in_two_folders_is_pooled(log):

@@ -170,9 +170,9 @@ def test_the_time_is_estimated_before_the_first_run(fake):
     fake('slow.py', ('\ndef train(', '\nwarm_up = lambda *args, net: 90.0\n\ndef train('))
     args = ['slow.py', 'slow.py:fake.skill=93', '--runs', 4]
     out = tool('run', *args)[1]
-    assert out.index('About 3m 00s a turn, 12m 00s in all\n') < out.index('difference')
+    assert out.index('About 3m 00s a turn, 12m 00s left\n') < out.index('difference')
     assert 'a turn, at most 12m' in tool('run', *args, '--until-sure', '--log-dir', 'sure')[1]
-    assert 'a turn, 6m 00s in all' in tool('run', '--resume', log_of(), '--runs', 6)[1]
+    assert 'a turn, 6m 00s left' in tool('run', '--resume', log_of(), '--runs', 6)[1]
 
 
 def test_terminal_shows_a_board_that_is_replaced_by_the_report(tmp_path):

@@ -172,6 +172,8 @@ def run_options(given: dict) -> dict:
 
 def title(experiment) -> list[str]:
     """The lines above the rows."""
+    from bench.report import common_lines
+
     options, facts = experiment.options, experiment.facts
     count = f'at most {options["runs"]}' if options['until_sure'] else options['runs']
     arms = len(experiment.arms)
@@ -181,9 +183,8 @@ def title(experiment) -> list[str]:
         f'{one_line(facts["name"])} ({facts["train"]} to train on, {facts["test"]} to test)'
     )
     lines = [', '.join(what)]
-    if options['hyp']:
-        lines.append(f'All arms: {one_line(" ".join(options["hyp"]))}')
-    return lines
+    names = [arm.name for arm in experiment.arms]
+    return lines + common_lines(options['hyp'], names)
 
 
 def command_run(given: dict, argv: list[str]) -> int:
@@ -232,8 +233,9 @@ def stopped_line(experiment) -> str:
     """What is said of an experiment that a signal ended."""
     runs = [*experiment.runs, *experiment.unlogged] if experiment else []
     line = f'stopped after {len(runs)} finished runs'
-    command = f'python tests/bench run --resume {one_line(experiment.folder)}'
-    return f'{line}; `{command}` goes on' if runs else line
+    if not runs:
+        return line
+    return f'{line}; `python tests/bench run --resume {one_line(experiment.folder)}` goes on'
 
 
 def keep_details(experiment, error: UserError, rank: int):

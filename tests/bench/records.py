@@ -23,7 +23,7 @@ class Log:
 
     runs: list[dict]
     experiment: dict | None = None  # where everything is of one experiment
-    common: str = ''  # what --hyp gave all arms
+    common: list[str] = field(default_factory=list)  # what --hyp gave all arms
     notes: list[str] = field(default_factory=list)
 
 
@@ -182,11 +182,11 @@ def read(paths: list[str]) -> Log:
             notes += lost
     name_script_arms(runs)
     unique = {to_json([*identity(run), run.get('seed'), run.get('run')]): run for run in runs}
-    given = {' '.join(e['options'].get('hyp', [])) if e else '' for e in experiments}
+    given = [one['options'].get('hyp', []) if one else [] for one in experiments]
     return Log(
         [*unique.values()],
         experiments[0] if len(experiments) == 1 else None,
-        given.pop() if len(given) == 1 else '',
+        given[0] if all(one == given[0] for one in given) else [],
         notes,
     )
 

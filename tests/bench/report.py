@@ -26,7 +26,7 @@ class Results:
     planned: int = 0
     searched: bool = False  # arms of a sweep
     with_clocks: bool = True  # those of a busy machine say nothing
-    common: str = ''  # what --hyp gave all arms
+    common: list[str] = field(default_factory=list)  # what --hyp gave all arms
     notes: list[str] = field(default_factory=list)
     folders: list[str] = field(default_factory=list)
 
@@ -270,7 +270,7 @@ def machine_lines(results: Results) -> list[str]:
     if results.with_clocks and len({kind[0] for kind in kinds}) > 1:
         lines.append('The runs come from several devices: their clocks cannot be compared.')
     if len({data_key(run) for run in every}) > 1:
-        lines.append('The runs were made on several data sets: compare only those of one.')
+        lines.append('The data differ, or the logs do not show that they are the same.')
     sets = {one_line(describe_data(run)): None for run in every}
     warmups = sum(runs[0].get('warmup_seconds') or 0 for runs in results.arms.values())
     lines += [f'Data: {text}' for text in sets]
@@ -285,6 +285,16 @@ def describe_data(run: dict) -> str:
     return str(data)
 
 
+def common_lines(changes: list[str], names) -> list[str]:
+    """What --hyp gave the arms (by name), which an arm's own changes go before."""
+    if not changes:
+        return []
+    keys = [change.partition('=')[0] for change in changes]
+    overridden = any(f' {key}=' in name for key in keys for name in names)
+    who = 'All arms, unless named otherwise' if overridden else 'All arms'
+    return [f'{who}: {one_line(" ".join(changes))}']
+
+
 def put_reference_first(arms: dict, reference: str | None) -> dict:
     """The arms in an order where `reference` is the first."""
     if reference is None:
@@ -296,8 +306,8 @@ def put_reference_first(arms: dict, reference: str | None) -> dict:
 
 def print_report(console: Console, results: Results):
     """The table, the comparisons, and where it all comes from."""
-    if results.common:
-        console.print(f'All arms: {one_line(results.common)}')
+    for line in common_lines(results.common, results.arms):
+        console.print(line)
     if results.arms:
         console.print(arms_table(results))
         lines = ['+-: 95% confidence interval of the mean. Std: of a run, in points.']

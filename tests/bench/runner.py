@@ -1,6 +1,7 @@
 """Makes the runs of an experiment: warm-up, turns, looks."""
 
 import contextlib
+import math
 import shutil
 import time
 import traceback
@@ -93,7 +94,7 @@ def warm_up(
     module = arm.script.module
     if hasattr(module, 'warm_up'):
         seconds = module.warm_up(data, arm.nested_hyp(), device, net=net)
-        return seconds if isinstance(seconds, float | int) else None
+        return seconds if isinstance(seconds, float) and math.isfinite(seconds) else None
     epochs, batch_size = arm.hyp.get('opt.train_epochs'), arm.hyp.get('opt.batch_size')
     try:
         part = first_images(data, WARM_UP_BATCHES * batch_size, WARM_UP_TEST_IMAGES)
@@ -270,16 +271,27 @@ class Runner:
         self.show_estimate()
         self.display.begin()
 
+    def looks(self) -> list[int]:
+        """The turns after which the processes wait for each other: a look's, or the last."""
+        runs = self.experiment.options['runs']
+        return stats.planned_looks(runs) if self.experiment.options['until_sure'] else [runs]
+
     def show_estimate(self):
         """How long it will take, before the first run has shown it."""
         seconds = {name: run_seconds for name, (_, _, run_seconds) in self.prepared.items()}
-        if None not in seconds.values():
-            runs = self.experiment.options['runs']
-            todo = [(name, turn) for name in seconds for turn in range(1, runs + 1)]
-            left = sum(seconds[name] for name, turn in todo if (name, turn) not in self.made)
-            turn, left = map(report.duration, (sum(seconds.values()), left / self.job.world))
-            most = 'at most ' if self.experiment.options['until_sure'] else ''
-            self.display.line(f'About {turn} a turn, {most}{left} in all')
+        if None in seconds.values():
+            return
+        done = {(run['arm'], run['run']) for run in self.experiment.runs}
+        left, first = 0.0, 1
+        for n in self.looks():
+            shares = [0.0] * self.job.world  # the processes wait for each other at a look
+            for turn in range(first, n + 1):
+                todo = [name for name in seconds if (name, turn) not in done]
+                shares[turn % self.job.world] += sum(seconds[name] for name in todo)
+            left, first = left + max(shares), n + 1
+        turn, left = map(report.duration, (sum(seconds.values()), left))
+        most = 'at most ' if self.experiment.options['until_sure'] else ''
+        self.display.line(f'About {turn} a turn, {most}{left} left')
 
     def turn_order(self, turn: int) -> list[Arm]:
         """The arms in the order of a turn, which does not depend on what was made before."""
@@ -385,8 +397,7 @@ class Runner:
     def make_runs(self):
         """All runs that the log lacks, look by look."""
         options, active, first = self.experiment.options, list(self.experiment.arms), 1
-        looks = stats.planned_looks(options['runs']) if options['until_sure'] else [options['runs']]
-        for n in looks:
+        for n in self.looks():
             self.make_turns(range(first, n + 1), active)
             first = n + 1
             if options['until_sure']:
