@@ -105,7 +105,9 @@ def warm_up(
     return None
 
 
-def prepare_arm(arm: Arm, data: dict, device: torch.device) -> tuple:
+def prepare_arm(
+    arm: Arm, data: dict, device: torch.device
+) -> tuple[torch.nn.Module | None, float, float | None]:
     """The compiled network of an arm, if it has one, the seconds of its warm-up, and of a run."""
     start, net = time.perf_counter(), None
     with script_errors(arm):
