@@ -6,7 +6,6 @@ the baseline's clock and costs 1.11 points (n = 25; README says which change cos
 
     python airbench94_modified.py                                five runs and their table
     python airbench94_modified.py --trials 5 --runs 25 --quiet   the report's protocol: 125 runs
-    python airbench94_modified.py --compile --hyp opt.lr=9       compiled, and with another lr
     python tests/bench run airbench94_modified.py mine.py        is an edited copy better?
 """
 
@@ -59,6 +58,7 @@ RECIPES = {'report': {}}  # name -> differences from hyp, as {'opt.lr': 9.0}
 CIFAR_MEAN, CIFAR_STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
 DTYPE = {'cuda': torch.float16, 'cpu': torch.float32}  # of images and weights, but for BatchNorm
 EVAL_BATCH = {'cuda': 2000, 'cpu': 500}  # what keeps a GPU busy, and what fits a CPU's cache
+CAPTURE_STREAM = functools.cache(torch.cuda.Stream)  # one for each GPU: each takes memory
 CPU_INFO = pathlib.Path('/proc/cpuinfo').read_text() if sys.platform == 'linux' else ''
 CPU_NAME = (re.findall(r'model name\s*: (.*)', CPU_INFO) or ['CPU'])[0]
 CPU_HAS_BFLOAT16 = re.search('avx512_bf16|amx_bf16', CPU_INFO) is not None
@@ -416,26 +416,26 @@ def loss_and_grads(net, images, targets, whiten_bias_grad: bool) -> tuple:
 
 class StepGraphs:
     """`loss_and_grads` of a compiled network as CUDA graphs: the host launches a step at once, and
-    the GPU never waits for it. Python in the network runs in the first two steps of each kind."""
+    the GPU never waits for it. Python in the network runs in the first two steps of a kind."""
 
     def __init__(self):
-        self.recorded, self.pool = {}, None  # kind of step -> its graph, inputs, outputs, gradients
+        self.recorded, self.pool = {}, None  # kind of step -> graph, inputs, outputs, gradients
 
     def __call__(self, net, images, targets, whiten_bias_grad: bool) -> tuple:
-        """The loss and logits, in memory that the next step of the same kind writes to."""
+        """The loss and logits. Later steps write to their memory, and to the gradients'."""
         kind = images.shape, whiten_bias_grad
         if kind not in self.recorded:  # compiles, and lets cuDNN choose its kernels
+            outputs = loss_and_grads(net, images, targets, whiten_bias_grad)
             self.recorded[kind] = None
-            return loss_and_grads(net, images, targets, whiten_bias_grad)
+            return outputs
         if self.recorded[kind] is None:
             graph, inputs = torch.cuda.CUDAGraph(), (images.clone(), targets.clone())
-            with torch.cuda.graph(graph, pool=self.pool):
+            with torch.cuda.graph(graph, self.pool, CAPTURE_STREAM(images.device)):
                 outputs = loss_and_grads(net, *inputs, whiten_bias_grad)
             grads = [parameter.grad for parameter in net.parameters()]
             self.recorded[kind], self.pool = (graph, inputs, outputs, grads), graph.pool()
         graph, inputs, outputs, grads = self.recorded[kind]
-        for kept, new in zip(inputs, (images, targets), strict=True):
-            kept.copy_(new)
+        torch._foreach_copy_(inputs, (images, targets))
         graph.replay()
         for parameter, grad in zip(net.parameters(), grads, strict=True):
             parameter.grad = grad
@@ -443,11 +443,11 @@ class StepGraphs:
 
 
 def pool_backward(grad, x, kernel_size, stride, padding, dilation, ceil_mode, indices):
-    """Of max-pooling without overlap: Inductor's own spends its time on the indices' arithmetic."""
+    """The gradient of max-pooling without overlap: Inductor's own kernel is slow at its indices."""
     size = kernel_size[0]
-    if (size * grad.shape[2], size * grad.shape[3]) != x.shape[2:]:
+    if stride not in ([], kernel_size) or any(padding) or grad.numel() * size**2 != x.numel():
         return NotImplemented
-    grad = grad.as_strided(grad.shape, grad.stride())  # Inductor stores it, and computes it once
+    grad = grad.as_strided(grad.shape, grad.stride())  # so that Inductor stores it: computed once
     pooled = (t[:, :, :, None, :, None] for t in (grad, indices))
     grad, indices = (t.expand(-1, -1, -1, size, -1, size).reshape(x.shape) for t in pooled)
     place = torch.arange(x[0, 0].numel(), device=x.device).view(x.shape[2:])
@@ -456,13 +456,13 @@ def pool_backward(grad, x, kernel_size, stride, padding, dilation, ceil_mode, in
 
 
 def compile_net(net: nn.Module) -> nn.Module:
-    """Compile a network in place, for all runs, on CUDA with its steps as CUDA graphs."""
+    """Compile in place, for all runs. On CUDA later steps write over what a step has returned."""
     from torch._inductor import compile_fx, decomposition  # here, as it takes a second
 
-    # Half the memory traffic: no atomics in pooling's backward (PyTorch issue 195123), less stored.
+    # Half a plain net.compile()'s memory traffic: no atomics in pooling (PyTorch issue 195123) ...
     rules = dict(decomposition.select_decomp_table())
     rules[torch.ops.aten.max_pool2d_with_indices_backward.default] = pool_backward
-    patches = {'realize_reads_threshold': 8, 'realize_opcount_threshold': 100}
+    patches = {'realize_reads_threshold': 8, 'realize_opcount_threshold': 100}  # ... less stored
     backend = functools.partial(compile_fx.compile_fx, config_patches=patches, decompositions=rules)
     torch._dynamo.config.cache_size_limit = 256  # kinds of batches of all networks; over it: eager
     net.compile(backend=backend, dynamic=False)
@@ -624,7 +624,7 @@ class Runs(list):
         return f'<{len(self)} finished runs>'
 
     def show_row(self, trial: int, run: int, row: dict, tta='', clock=None):
-        done = len(self) + (0 if tta else row['epoch'] / self.n_epochs)  # runs; tta: of a whole run
+        done = len(self) + (0 if tta else row['epoch'] / self.n_epochs)  # runs; with tta in self
         left = (time.perf_counter() - self.start) * (self.n_runs / done - 1)
         clock = f'{clock or row["clock_seconds"]:.3f}s'
         test = '-' if row['test_acc'] is None else f'{row["test_acc"]:.2%}'
@@ -644,7 +644,7 @@ def warm_up(data: dict, hyp: dict, device: torch.device, net=None) -> float:
     for split, n in ('train', short['opt']['batch_size']), ('test', n_test):
         images, labels = data[split]['images'][:n], data[split]['labels'][:n]
         few[split] = {**data[split], 'images': images, 'labels': labels}
-    for _ in range(20 if device.type == 'cuda' else 1):  # until their time settles
+    for _ in range(20 if device.type == 'cuda' else 1):  # 20: a GPU's times have settled
         record, _ = train(few, 0, short, device, net, quiet=True)
     ends = [row['clock_seconds'] for row in record['epochs']]  # the first has the preparation, too
     step = (ends[-1] - ends[0]) / (len(ends) - 1)
@@ -695,7 +695,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     args, unknown = parser.parse_known_args(argv)
     args.hyp += unknown  # no options: perhaps hyperparameters
     if min(args.trials, args.runs) < 1 or (args.seed or 0) < 0 or not 1 < args.target <= 100:
-        raise UserError('--trials and --runs must be at least 1, --seed 0; --target is in percent')
+        raise UserError('--trials and --runs start at 1, --seed at 0; --target is in percent')
     if args.save and not os.access(pathlib.Path(args.save).absolute().parent, os.W_OK):
         raise UserError(f'--save {args.save}: its folder cannot be written to')
     args.device = devices[0] if args.device == 'auto' else args.device
@@ -763,7 +763,7 @@ def explain(error: Exception, hyp_given: bool) -> str | None:
     if isinstance(error, (UserError, argparse.ArgumentError)):
         return text
     if isinstance(error, OSError) and error.strerror:
-        return f'{error.filename or "output"}: {error.strerror}'
+        return f'{error.filename or "log or output"}: {error.strerror}'
     if isinstance(error, MemoryError) or re.search(signs, text):
         return f'out of memory; a smaller opt.batch_size or EVAL_BATCH needs less. {text[:200]}'
     if re.search('inline_container|StreamWriter|cannot be opened', text):

@@ -50,8 +50,11 @@ def log_of(folder):
 
 
 def rows_of(out):
-    lines = re.split('[\r\n]+', out)
-    return [Row(*line.split(maxsplit=6)) for line in lines if re.match(r' +\d+ +\d+ +\d+ ', line)]
+    return [
+        Row(*line.split(maxsplit=6))
+        for line in out.splitlines()
+        if re.match(r' +\d+ +\d+ +\d+ ', line)
+    ]
 
 
 def piped(folder, script, *args, **variables):
@@ -258,7 +261,7 @@ def test_any_hyperparameters_make_a_table_or_one_line(n, call, script, monkeypat
     holds()
 
 
-# ---------------------------------------- Signals, pipes, terminals, disks ----------------------
+# ---------------------------------------- Signals, pipes, disks ----------------------------------
 def test_ctrl_c_ends_with_130_one_line_and_the_table_of_the_finished_runs(short, tmp_path):
     with piped(tmp_path, MODIFIED, *short, '--trials', 1000) as process:
         read_until(process, FINISHED)

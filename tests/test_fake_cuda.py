@@ -166,15 +166,25 @@ def test_compiled_graphs_are_whole_half_precision_and_without_atomics(
         assert all(argument.meta['val'].dtype == torch.float16 for argument in node.args[:2])
 
 
-@pytest.mark.parametrize('size, height', [(2, 22), (3, 3), (2, 7)])
-def test_the_gradient_of_pooling_is_pytorchs(size, height, baseline):
-    """Also where values tie. Windows that leave a border (2, 7) are left to Inductor."""
+POOLS = [  # size, stride, padding, height, and whether it is left to Inductor
+    (2, 2, 0, 22, False),
+    (3, 3, 0, 3, False),
+    (2, 2, 0, 7, True),  # a border
+    (3, 3, 1, 6, True),
+    (3, 2, 0, 6, True),
+]
+
+
+@pytest.mark.parametrize('size, stride, padding, height, left', POOLS)
+def test_the_gradient_of_pooling_is_pytorchs(size, stride, padding, height, left, baseline):
+    """Also where values tie."""
     x = torch.randn(3, 4, height, height).round(decimals=1).to(memory_format=torch.channels_last)
-    pooled, indices = F.max_pool2d(x.requires_grad_(), size, return_indices=True)
+    pooled, indices = F.max_pool2d(x.requires_grad_(), size, stride, padding, return_indices=True)
     grad = torch.randn_like(pooled)
     pooled.backward(grad)
-    found = baseline.pool_backward(grad, x, [size] * 2, [size] * 2, [0, 0], [1, 1], False, indices)
-    if height % size:
+    numbers = [size] * 2, [stride] * 2, [padding] * 2, [1, 1]
+    found = baseline.pool_backward(grad, x, *numbers, False, indices)
+    if left:
         assert found is NotImplemented
     else:
         assert torch.equal(found, x.grad) and found.is_contiguous(memory_format=torch.channels_last)

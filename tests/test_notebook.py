@@ -17,7 +17,7 @@ hyp['net']['widths'] = dict.fromkeys(hyp['net']['widths'], 8)
 
 
 """
-FINISHED_RUN = re.compile(r'[\r\n] +1 +1 +2 .*%.*%.*%')  # the row that ends run 1 of trial 1
+FINISHED_RUN = re.compile(r'\n +1 +1 +2 .*%.*%.*%')  # the row that ends run 1 of trial 1
 
 
 class Client(NotebookClient):
