@@ -635,7 +635,7 @@ class Runs(list):
 
 def warm_up(data: dict, hyp: dict, device: torch.device, net=None) -> float:
     """Make runs of one step per epoch, off the clock: all is compiled, kernels are chosen, a GPU is
-    awake. Returns roughly the seconds of a whole run."""
+    awake. Returns roughly the seconds of a whole run. Of the few test images here all get TTA."""
     short, test_batch, few = copy.deepcopy(hyp), EVAL_BATCH[device.type], {}
     short['opt']['train_epochs'] = max(2, hyp['opt']['train_epochs'])  # 2: to time a step
     if device.type == 'cpu' and net is None:  # no kernels to choose: be quick
@@ -649,8 +649,8 @@ def warm_up(data: dict, hyp: dict, device: torch.device, net=None) -> float:
     ends = [row['clock_seconds'] for row in record['epochs']]  # the first has the preparation, too
     step = (ends[-1] - ends[0]) / (len(ends) - 1)
     scale = {split: len(data[split]['labels']) / len(few[split]['labels']) for split in data}
-    evaluation = (record['clock_seconds'] - ends[-1]) * scale['test']
-    return step * hyp['opt']['train_epochs'] * scale['train'] + evaluation
+    evaluation = (record['clock_seconds'] - ends[-1]) * (1 + 6 * hyp['net']['tta_share']) / 7
+    return step * hyp['opt']['train_epochs'] * scale['train'] + evaluation * scale['test']
 
 
 def changed_hyp(changes: list[str]) -> dict:
