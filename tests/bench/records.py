@@ -1,9 +1,9 @@
-"""The log of an experiment: a folder with experiment.json, the code, a line per finished run."""
+"""Log of an experiment: a folder with experiment.json, the code, and a line per finished run."""
 
 import contextlib
+import dataclasses
 import datetime
 import difflib
-import itertools
 import json
 import os
 from collections.abc import Iterator
@@ -15,25 +15,148 @@ from bench.errors import UserError, one_line
 SCHEMA = 1
 EXPERIMENT = 'experiment.json'
 DIFF_LINES = 12
+CHECKSUMS = (
+    'train_images_crc32',
+    'train_labels_crc32',
+    'test_images_crc32',
+    'test_labels_crc32',
+)
 
 
-@dataclass
-class Log:
-    """What `read` found."""
+# ---------------------------------------- A run ----------------------------------------
 
-    runs: list[dict]
-    experiment: dict | None = None  # where everything is of one experiment
-    common: list[str] = field(default_factory=list)  # what --hyp gave all arms
-    notes: list[str] = field(default_factory=list)
+
+@dataclass(frozen=True)
+class Run:
+    """A finished run; None is what its log does not have."""
+
+    arm: str
+    tta_acc: float  # 0 to 1
+    clock_seconds: float  # training time
+    arm_index: int | None = None  # 0 is the reference; None in a script's own log
+    script: str | None = None
+    sha256: str | None = None  # of the script's source
+    hyp: dict = field(default_factory=dict)  # flat: {'opt.lr': 10.0}
+    compile: bool = False
+    turn: int | None = None  # from 1; the key 'run' of the JSON
+    trial: int | None = None  # of a script's own log
+    seed: int | None = None
+    base_seed: int | None = None
+    data: dict = field(default_factory=dict)  # name, train, test, classes, checksums
+    device: str | None = None
+    torch: str | None = None
+    dtype: str | None = None
+    epochs: list = field(default_factory=list)  # a dict for each epoch
+    eval_seconds: float | None = None
+    wall_seconds: float | None = None
+    warmup_seconds: float | None = None
+    peak_bytes: int | None = None
+    flop: int | None = None
+    extra: dict = field(default_factory=dict)  # whatever else the script records
+
+    @classmethod
+    def from_json(cls, line: dict) -> 'Run':
+        """Return the run of a line, of today's logs or older ones."""
+        values = dict(line)
+        values['turn'] = values.pop('run', None)
+        values['arm'] = values.get('arm') or script_name(values)
+        values['compile'] = bool(values.get('compile'))
+        values['hyp'] = flat(values.get('hyp') or {})
+        values['epochs'] = values.get('epochs') or []
+        values['data'] = data_facts(values)
+        names = {entry.name for entry in dataclasses.fields(cls)}
+        known = {}
+        extra = {}
+        for key, value in values.items():
+            if key in names:
+                known[key] = value
+            else:
+                extra[key] = value
+        return cls(**known, extra=extra)
+
+    def to_json(self) -> dict:
+        """Return the dict of a line."""
+        values = {}
+        for entry in dataclasses.fields(self):
+            values[entry.name] = getattr(self, entry.name)
+        values['run'] = values.pop('turn')
+        return {**values.pop('extra'), **values}
+
+    @property
+    def accuracy(self) -> float:
+        """TTA accuracy in percent."""
+        return 100 * self.tta_acc
+
+    @property
+    def losses(self) -> list:
+        """Loss of each epoch, None where it was not finite."""
+        return [row['train_loss'] for row in self.epochs]
+
+    @property
+    def classes(self) -> int:
+        return self.data.get('classes') or 10
+
+
+def flat(tree: dict, prefix: str = '') -> dict:
+    """Return {'opt.lr': 10.0} for {'opt': {'lr': 10.0}}."""
+    leaves = {}
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            leaves.update(flat(value, f'{prefix}{key}.'))
+        else:
+            leaves[f'{prefix}{key}'] = value
+    return leaves
+
+
+def script_name(values: dict) -> str:
+    """Return what people call a script: its stem without airbench94_."""
+    stem = Path(values['script']).name.removesuffix('.py')
+    return one_line(stem.removeprefix('airbench94_')) or 'script'
+
+
+def data_facts(values: dict) -> dict:
+    """Return the facts about a line's data. Scripts once logged a name and sizes."""
+    facts = values.get('data')
+    if isinstance(facts, dict):
+        facts = dict(facts)
+    else:
+        facts = {
+            'name': str(facts),
+            'train': values.get('train_images'),
+            'test': values.get('test_images'),
+            'classes': values.get('classes'),
+        }
+    if isinstance(facts.get('classes'), list):
+        facts['classes'] = len(facts['classes'])
+    return facts
+
+
+def is_run(line: object) -> bool:
+    """Return whether a line of JSON has what every run has."""
+    if not isinstance(line, dict):
+        return False
+    if not isinstance(line.get('arm', line.get('script')), str):
+        return False
+    for key in ('tta_acc', 'clock_seconds'):
+        if not isinstance(line.get(key), float | int):
+            return False
+    rows = line.get('epochs', [])
+    if not isinstance(rows, list):
+        return False
+    for row in rows:
+        if not isinstance(row, dict) or not {'epoch', 'train_loss'} <= row.keys():
+            return False
+    return isinstance(line.get('hyp', {}), dict)
 
 
 # ---------------------------------------- Writing ----------------------------------------
 
 
 def new_folder(log_dir: str) -> str:
-    """Creates logs/<UTC time>-bench-<short id>."""
+    """Create logs/<UTC time>-bench-<short id>."""
     started = datetime.datetime.now(datetime.timezone.utc)
-    folder = os.path.join(log_dir, f'{started:%Y%m%dT%H%M%SZ}-bench-{os.urandom(3).hex()}')
+    name = f'{started:%Y%m%dT%H%M%SZ}-bench-{os.urandom(3).hex()}'
+    folder = os.path.join(log_dir, name)
     with disk_errors(folder):
         os.makedirs(folder)
     return folder
@@ -41,7 +164,7 @@ def new_folder(log_dir: str) -> str:
 
 @contextlib.contextmanager
 def disk_errors(path: str):
-    """Turns the errors of a disk (full, read-only, gone) into one line that names the file."""
+    """Turn errors of a disk (full, read-only, gone) into one line that names the file."""
     try:
         yield
     except OSError as error:
@@ -49,7 +172,7 @@ def disk_errors(path: str):
 
 
 def write_file(folder: str, name: str, content: bytes):
-    """A file that is there as a whole or not at all, also after a power cut."""
+    """Write a file that is there as a whole or not at all, also after a power cut."""
     path = os.path.join(folder, name)
     with disk_errors(path):
         with open(f'{path}.part', 'wb') as file:
@@ -59,40 +182,64 @@ def write_file(folder: str, name: str, content: bytes):
         os.replace(f'{path}.part', path)
 
 
+def plain_number(value: object) -> object:
+    """Return a tensor's or numpy's number as Python's, anything else as text."""
+    if hasattr(value, 'item'):
+        return value.item()
+    return str(value)
+
+
 def to_json(value: object, **options) -> str:
-    """JSON with null for numbers that are not finite, and plain numbers for tensors and numpy's."""
-    text = json.dumps(value, default=lambda x: x.item() if hasattr(x, 'item') else str(x))
-    return json.dumps(json.loads(text, parse_constant=lambda name: None), **options)
+    """Return JSON, with null for numbers that are not finite."""
+    text = json.dumps(value, default=plain_number)
+    finite = json.loads(text, parse_constant=lambda name: None)
+    return json.dumps(finite, **options)
 
 
 def runs_file(rank: int) -> str:
+    """Return the file name of a process's runs."""
     return f'runs-{rank}.jsonl' if rank else 'runs.jsonl'
 
 
-def append_run(folder: str, rank: int, record: dict) -> dict:
-    """Appends a run; its line is on the disk on return. Returns it as it will be read again."""
-    path, line = os.path.join(folder, runs_file(rank)), to_json(record)
+def append_run(folder: str, rank: int, run: Run) -> Run:
+    """Append a run; its line is on the disk on return.
+
+    Returns the run as it will be read again.
+    """
+    path = os.path.join(folder, runs_file(rank))
+    line = to_json(run.to_json())
     with disk_errors(path), open(path, 'ab', buffering=0) as file:
         end = file.tell()
         data = f'{line}\n'.encode()
         try:
             while data:
-                data = data[file.write(data) :]
+                written = file.write(data)
+                data = data[written:]
             os.fsync(file.fileno())
         except OSError:
             os.truncate(path, end)  # no half line for the next one to join
             raise
-    return json.loads(line)
+    return Run.from_json(json.loads(line))
 
 
 def drop_cut_lines(folder: str):
-    """Truncates what a kill left of a last line, so that the next one does not join it."""
+    """Truncate what a kill left of a last line, so that the next one does not join it."""
     for path in sorted(Path(folder).glob('runs*.jsonl')):
         with disk_errors(str(path)):
             os.truncate(path, path.read_bytes().rfind(b'\n') + 1)
 
 
 # ---------------------------------------- Reading ----------------------------------------
+
+
+@dataclass
+class Log:
+    """Runs that `read` found."""
+
+    runs: list[Run]
+    experiment: dict | None = None  # where everything is of one experiment
+    common: list[str] = field(default_factory=list)  # what --hyp gave all arms
+    notes: list[str] = field(default_factory=list)
 
 
 class Follower:
@@ -103,172 +250,232 @@ class Follower:
         self.own = runs_file(own_rank)
         self.seen: dict[str, int] = {}
 
-    def new_runs(self) -> Iterator[dict]:
-        """The runs that were finished since the last call."""
+    def new_runs(self) -> Iterator[Run]:
+        """Yield the runs that were finished since the last call."""
         for path in sorted(self.folder.glob('runs*.jsonl')):
             if path.name == self.own:
                 continue
+            start = self.seen.get(path.name, 0)
             with open(path, 'rb') as file:
-                file.seek(self.seen.get(path.name, 0))
+                file.seek(start)
                 data = file.read()
             whole = data[: data.rfind(b'\n') + 1]
-            self.seen[path.name] = self.seen.get(path.name, 0) + len(whole)
+            self.seen[path.name] = start + len(whole)
             for line in whole.splitlines():
-                yield json.loads(line)
-
-
-def is_run(record: object) -> bool:
-    """Whether a line has what every run has."""
-    if not isinstance(record, dict):
-        return False
-    numbers = (record.get('tta_acc'), record.get('clock_seconds'))
-    named = isinstance(record.get('arm', record.get('script')), str)
-    rows = record.get('epochs', [])
-    with_losses = isinstance(rows, list) and all(
-        isinstance(row, dict) and {'epoch', 'train_loss'} <= row.keys() for row in rows
-    )
-    return named and with_losses and all(isinstance(x, float | int) for x in numbers)
+                yield Run.from_json(json.loads(line))
 
 
 def read_lines(path: Path) -> tuple[list[dict], list[str]]:
-    """The runs of a file, and a note for each line that is none but a last one that was cut off."""
-    runs, notes = [], []
+    """Return the lines of a file that are runs, and a note for each that is none.
+
+    The last line gets no note where it was cut off.
+    """
     try:
         *lines, _ = path.read_bytes().split(b'\n')
     except OSError as error:
         raise UserError(f'cannot read {one_line(path)}: {error.strerror}') from None
-    for number, line in enumerate(lines, start=1):
+    found = []
+    notes = []
+    for number, text in enumerate(lines, start=1):
         try:
-            record = json.loads(line)
+            line = json.loads(text)
         except (ValueError, RecursionError):
-            record = None
-        if is_run(record):
-            runs.append(record)
+            line = None
+        if is_run(line):
+            found.append(line)
         else:
-            notes.append(
-                f'{one_line(path)}: line {number} is not a finished run and does not count'
-            )
-    return runs, notes
+            place = f'{one_line(path)}: line {number}'
+            notes.append(f'{place} is not a finished run and does not count')
+    return found, notes
 
 
 def read_experiment(folder: str) -> dict:
-    """experiment.json of a log folder."""
+    """Return the experiment.json of a log folder."""
     try:
         content = json.loads(Path(folder, EXPERIMENT).read_bytes())
         if content['schema'] != SCHEMA:
             raise ValueError(f'schema {content["schema"]}, this tool writes {SCHEMA}')
         return content
     except (OSError, ValueError, LookupError, TypeError, RecursionError) as error:
-        reason = getattr(error, 'strerror', None) or error
+        reason = one_line(getattr(error, 'strerror', None) or error)
         raise UserError(
-            f'{one_line(folder)} is no log folder of `bench run` ({EXPERIMENT}: {one_line(reason)})'
+            f'{one_line(folder)} is no log folder of `bench run` ({EXPERIMENT}: {reason})'
         ) from None
 
 
+def no_runs(folder: Path) -> UserError:
+    """Return the error for a folder without runs."""
+    message = f'{one_line(folder)} has no runs*.jsonl'
+    below = sorted(folder.glob('*/runs*.jsonl'))
+    if below:
+        example = one_line(below[0].parent)
+        message += f'; its subfolders are logs: show {example}, or several of them'
+    return UserError(message)
+
+
+def files_of(path: Path, alone: bool) -> tuple[list[Path], list[str]]:
+    """Return the files of runs that a path of the command line means, and notes."""
+    if not path.is_dir():
+        return [path], []
+    files = sorted(path.glob('runs*.jsonl'))
+    if files:
+        return files, []
+    if alone and not (path / EXPERIMENT).exists() or list(path.glob('*/runs*.jsonl')):
+        raise no_runs(path)
+    # A command that was stopped before its first run was finished.
+    return [], [f'{one_line(path)} has no finished run']
+
+
+def left_out(files: list[Path]) -> list[str]:
+    """Return a note where a process's file was named without those of its peers."""
+    given = {file.resolve() for file in files}
+    notes = []
+    for file in files:
+        if not file.name.startswith('runs'):
+            continue
+        peers = sorted(file.parent.glob('runs*.jsonl'))
+        missing = [peer.name for peer in peers if peer.resolve() not in given]
+        if missing:
+            others = one_line(', '.join(missing))
+            notes.append(
+                f'{one_line(file)} has the runs of one process; not read: {others} '
+                f'(show {one_line(file.parent)} reads all)'
+            )
+    return notes
+
+
 def read(paths: list[str]) -> Log:
-    """The runs of log folders and runs.jsonl files, the tool's or a script's; copies count once."""
-    runs, notes, experiments = [], [], []
+    """Return the runs of log folders and runs.jsonl files, the tool's or a script's.
+
+    Copies of a run count once.
+    """
+    lines = []
+    notes = []
+    files = []
+    experiments = []
     for path in map(Path, paths):
-        files = sorted(path.glob('runs*.jsonl')) if path.is_dir() else [path]
-        is_experiment = path.is_dir() and (path / EXPERIMENT).exists()
-        experiments.append(read_experiment(str(path)) if is_experiment else None)
-        if not files and not (is_experiment or path.is_dir() and len(paths) > 1):
-            raise UserError(f'{one_line(path)} has no runs*.jsonl')
-        if not files:  # of a command that was stopped before its first run was finished
-            notes.append(f'{one_line(path)} has no finished run')
-        for file in files:
-            found, lost = read_lines(file)
-            runs += found
-            notes += lost
-    name_script_arms(runs)
-    unique = {to_json([*identity(run), run.get('seed'), run.get('run')]): run for run in runs}
-    given = [one['options'].get('hyp', []) if one else [] for one in experiments]
+        experiment = None
+        if (path / EXPERIMENT).exists():
+            experiment = read_experiment(str(path))
+        experiments.append(experiment)
+        found, remarks = files_of(path, alone=len(paths) == 1)
+        files += found
+        notes += remarks
+    for file in files:
+        found, remarks = read_lines(file)
+        lines += found
+        notes += remarks
+    notes += left_out(files)
+    unique = {}
+    for run in name_script_arms(lines):
+        unique[to_json([*identity(run), run.seed, run.trial, run.turn])] = run
+    given = []
+    for experiment in experiments:
+        given.append(experiment['options'].get('hyp', []) if experiment else [])
+    same = all(one == given[0] for one in given)
     return Log(
-        [*unique.values()],
+        list(unique.values()),
         experiments[0] if len(experiments) == 1 else None,
-        given[0] if all(one == given[0] for one in given) else [],
+        given[0] if same else [],
         notes,
     )
 
 
-def name_script_arms(runs: list[dict]):
-    """Gives the runs that a script logged an arm: its name, and where they differ their hyp."""
-    own = [run for run in runs if 'arm' not in run]
-    settings = [{**run.get('hyp', {}), 'compile': run.get('compile', False)} for run in own]
-    keys = {
-        key: {to_json(values.get(key)) for values in settings}
-        for key in dict.fromkeys(itertools.chain(*settings))
-    }
-    differing = [key for key, found in keys.items() if len(found) > 1]
-    for run, values in zip(own, settings, strict=True):
-        changes = [f'{key}={to_json(values[key])}' for key in differing if key in values]
-        stem = Path(run['script']).name.removesuffix('.py').removeprefix('airbench94_')
-        run['arm'] = one_line(' '.join([stem, *changes]))
+def name_script_arms(lines: list[dict]) -> list[Run]:
+    """Return the runs; those that a script logged get its name and where they differ their hyp."""
+    runs = [Run.from_json(line) for line in lines]
+    own = [i for i, line in enumerate(lines) if 'arm' not in line]
+    settings = {i: {**runs[i].hyp, 'compile': runs[i].compile} for i in own}
+    found: dict[str, set] = {}
+    for values in settings.values():
+        for key in values:
+            found.setdefault(key, set())
+    for key, texts in found.items():
+        for values in settings.values():
+            texts.add(to_json(values.get(key)))
+    for i, values in settings.items():
+        name = [runs[i].arm]
+        for key, texts in found.items():
+            if len(texts) > 1 and key in values:
+                name.append(f'{key}={to_json(values[key])}')
+        runs[i] = dataclasses.replace(runs[i], arm=one_line(' '.join(name)))
+    return runs
 
 
-def data_key(run: dict) -> str:
-    """What tells a run's data: sizes and checksums, or else its name and sizes."""
-    data = run.get('data')
-    if not isinstance(data, dict):  # in the log of a script
-        return to_json([data, run.get('train_images'), run.get('test_images')])
-    facts = {key: value for key, value in data.items() if key != 'name'}
-    return to_json(facts if 'train_images_crc32' in facts else data, sort_keys=True)
+def data_key(run: Run) -> str:
+    """Return what tells a run's data from others: sizes and checksums, else name and sizes."""
+    names = ['train', 'test', *CHECKSUMS]
+    if CHECKSUMS[0] not in run.data:
+        names = ['name', 'train', 'test']
+    return to_json([run.data.get(name) for name in names])
 
 
-def identity(run: dict) -> tuple:
-    """What makes two runs members of one arm: code, hyperparameters and data, not only the name."""
-    settings = to_json([run.get('hyp'), run.get('compile', False)], sort_keys=True)
-    return run['arm'], run.get('sha256'), settings, data_key(run)
+def identity(run: Run) -> tuple:
+    """Return what makes two runs members of one arm: code, hyperparameters and data, too."""
+    settings = to_json([run.hyp, run.compile], sort_keys=True)
+    return run.arm, run.sha256, settings, data_key(run)
 
 
-def by_arm(runs: list[dict]) -> dict[str, list[dict]]:
-    """The runs of each arm by turn, the reference first; arms that share a name get numbers.
+def by_arm(runs: list[Run]) -> dict[str, list[Run]]:
+    """Return the runs of each arm by turn, the reference first; equal names get numbers.
 
     What a script logged by itself comes after the reference of an experiment.
     """
     groups: dict[tuple, list] = {}
     for run in runs:
         groups.setdefault(identity(run), []).append(run)
+
+    def position(members: list[Run]) -> float:
+        index = members[0].arm_index
+        return 0.5 if index is None else index
+
     arms: dict[str, list] = {}
-    for members in sorted(groups.values(), key=lambda members: members[0].get('arm_index', 0.5)):
-        label, number = members[0]['arm'], 1
+    for members in sorted(groups.values(), key=position):
+        label = name = members[0].arm
+        number = 1
         while label in arms:
             number += 1
-            label = f'{members[0]["arm"]} #{number}'
-        arms[label] = sorted(members, key=lambda run: run.get('run', 0))
+            label = f'{name} #{number}'
+        arms[label] = sorted(members, key=lambda run: (run.trial or 0, run.turn or 0))
     return arms
 
 
 # ---------------------------------------- Resume ----------------------------------------
 
 
-def refuse_other_code(folder: str, arm: dict, source: bytes):
-    """Raises UserError with a short diff where a script is not the one of the log."""
+def decode(source: bytes) -> str:
+    r"""Return source code as text with '\n' at the end of each line, as a script hashes it."""
+    text = source.decode('utf-8', errors='replace')
+    return text.replace('\r\n', '\n').replace('\r', '\n')
+
+
+def refuse_other_code(folder: str, arm: dict, source: str):
+    """Raise UserError with a short diff where a script is not the one of the log."""
     logged = Path(folder, arm['code'])
     try:
-        old = logged.read_bytes()
+        old = decode(logged.read_bytes())
     except OSError as error:
         raise UserError(f'cannot read {one_line(logged)}: {error.strerror}') from None
     if old == source:
         return
-    texts = [text.decode(errors='replace').splitlines() for text in (old, source)]
+    texts = old.splitlines(), source.splitlines()
     changes = list(difflib.unified_diff(*texts, 'logged', 'now', n=0, lineterm=''))
-    shown = [f'  {line[:98]}' for line in changes[:DIFF_LINES]]
+    message = [f'--resume: {one_line(arm["script"])} is not what the log has:']
+    for line in changes[:DIFF_LINES]:
+        message.append(f'  {line[:98]}')
     if len(changes) > DIFF_LINES:
-        shown.append(f'  ... and {len(changes) - DIFF_LINES} lines more')
-    advice = f'start a new experiment, or put back the code in {one_line(logged)}'
-    raise UserError(
-        '\n'.join([f'--resume: {one_line(arm["script"])} is not what the log has:', *shown, advice])
-    )
+        message.append(f'  ... and {len(changes) - DIFF_LINES} lines more')
+    message.append(f'start a new experiment, or put back the code in {one_line(logged)}')
+    raise UserError('\n'.join(message))
 
 
 def refuse_other_values(what: str, logged: dict, now: dict):
-    """Raises UserError naming the keys that differ."""
+    """Raise UserError naming the keys that differ."""
     keys = [key for key in {**logged, **now} if logged.get(key) != now.get(key)]
-    if keys:
-        changes = (f'  {key}: {logged.get(key)} in the log, {now.get(key)} now' for key in keys)
-        raise UserError(
-            '\n'.join(
-                [f'--resume: {what} differ:', *changes, 'start a new experiment without --resume']
-            )
-        )
+    if not keys:
+        return
+    message = [f'--resume: {what} differ:']
+    for key in keys:
+        message.append(f'  {key}: {logged.get(key)} in the log, {now.get(key)} now')
+    message.append('start a new experiment without --resume')
+    raise UserError('\n'.join(message))
