@@ -1,86 +1,146 @@
-"""What a person reads: the table of the arms, and a sentence about each comparison."""
+"""Report: the table of the arms, and a sentence about each comparison."""
 
 import math
+import os
+import re
 import sys
+import textwrap
 from dataclasses import dataclass, field
+from pathlib import Path
 
-import numpy as np
 from rich.console import Console
-from rich.table import Table
 
-from bench import stats
+from bench import records, stats
+from bench.compare import (
+    Comparison,
+    accuracies,
+    compare,
+    counted,
+    diverged,
+    flop,
+    times,
+    without_diverged,
+    without_gap,
+)
 from bench.errors import UserError, one_line
-from bench.records import data_key
+from bench.records import Run
 
 WIDTH = 100  # of what is piped
+TARGET = 94.0
+MOST_DIVERGED = 10  # so many are named
+GAP = '  '  # between columns
 
 
 @dataclass
 class Results:
     """The runs of an experiment or of logs, and how they are to be judged."""
 
-    arms: dict[str, list[dict]]  # the first is the reference
-    target: float = 94.0
+    arms: dict[str, list[Run]]  # the first is the reference
+    target: float = TARGET
     margin: float | None = None
     until_sure: float | None = None  # points; the looks are those of `planned` runs
     planned: int = 0
     searched: bool = False  # arms of a sweep
-    with_clocks: bool = True  # those of a busy machine say nothing
+    with_times: bool = True  # those of a busy machine say nothing
     common: list[str] = field(default_factory=list)  # what --hyp gave all arms
     notes: list[str] = field(default_factory=list)
     folders: list[str] = field(default_factory=list)
 
     @property
-    def comparisons(self) -> int:
-        return len(self.arms) - 1
+    def reference(self) -> str:
+        return next(iter(self.arms))
 
 
 class QuietConsole(Console):
-    """rich's Console without markup in names, which leaves a closed pipe to its caller."""
+    """rich's Console without markup in names; a notebook and a pipe get plain text."""
 
     def __init__(self, file=None):
         file = file or sys.stdout
-        width = None if file.isatty() else WIDTH
-        super().__init__(file=file, width=width, markup=False, highlight=False, emoji=False)
+        terminal = file.isatty()
+        super().__init__(
+            file=file,
+            width=None if terminal else WIDTH,
+            force_terminal=terminal and not in_notebook(),
+            markup=False,
+            highlight=False,
+            emoji=False,
+        )
 
     def on_broken_pipe(self):
         raise BrokenPipeError
 
 
-# ---------------------------------------- An arm ----------------------------------------
+def in_notebook() -> bool:
+    """Return whether a cell's `!` started this: a terminal that shows no escape codes."""
+    backend = os.environ.get('MPLBACKEND', '')
+    return 'JPY_PARENT_PID' in os.environ or 'inline' in backend
 
 
-def percent(runs: list[dict]) -> np.ndarray:
-    """TTA accuracies in percent."""
-    return 100 * np.array([run['tta_acc'] for run in runs])
+# ---------------------------------------- Logs to judge ----------------------------------------
 
 
-def clocks(runs: list[dict]) -> np.ndarray:
-    """Clocks in seconds."""
-    return np.array([run['clock_seconds'] for run in runs])
+def results_of(logs: list[str], given: dict) -> Results:
+    """Return the runs of logs, judged as their experiment was unless `given` says otherwise.
+
+    given: what `show` got of target, margin, reference, label, no_time.
+    """
+    log = records.read(logs)
+    logged = log.experiment['options'] if log.experiment else {}
+    arms = records.by_arm(log.runs)
+    if not arms:
+        names = ', '.join(map(one_line, logs))
+        raise UserError(f'{names}: no finished run yet')
+    reference = given.get('reference')
+    arms = put_reference_first(arms, reference)
+    until_sure = None
+    if reference is None:
+        until_sure = logged.get('until_sure')
+    return Results(
+        label_arms(arms, given.get('label', [])),
+        target=given.get('target', logged.get('target', TARGET)),
+        margin=given.get('margin', logged.get('margin')),
+        until_sure=until_sure,
+        planned=logged.get('runs', 0),
+        searched=bool(logged.get('sweep')),
+        with_times=not given.get('no_time'),
+        common=log.common,
+        notes=log.notes,
+        folders=logs,
+    )
 
 
-def flop(runs: list[dict]) -> int | None:
-    """FLOP of a run of the arm, where they were counted."""
-    return runs[0].get('flop')
+def put_reference_first(arms: dict, reference: str | None) -> dict:
+    """Return the arms in an order where `reference` is the first."""
+    if reference is None:
+        return arms
+    if reference not in arms:
+        raise UserError(f'--reference {one_line(reference)}: there are {", ".join(arms)}')
+    return {reference: arms[reference], **arms}
 
 
-def classes(run: dict) -> int:
-    """The number of classes of a run's data."""
-    data = run.get('data')
-    found = run.get('classes') or (data.get('classes') if isinstance(data, dict) else None) or 10
-    return len(found) if isinstance(found, list) else found
+def label_arms(arms: dict, labels: list[str]) -> dict:
+    """Return the arms with other names: 'ARM=TEXT', in which ARM may have = itself."""
+    texts = {}
+    for label in labels:
+        names = [name for name in arms if label.startswith(f'{name}=')]
+        if not names:
+            raise UserError(f'--label {one_line(label)}: there are {", ".join(arms)}')
+        name = max(names, key=len)
+        texts[name] = one_line(label[len(name) + 1 :])
+    labelled = {}
+    for name, runs in arms.items():
+        text = texts.get(name, name)
+        if text in labelled:
+            raise UserError(f'--label: two arms would be called {text}')
+        labelled[text] = runs
+    return labelled
 
 
-def diverged(runs: list[dict]) -> list[dict]:
-    """The runs of an arm that diverged."""
-    losses = [[row['train_loss'] for row in run.get('epochs', [])] for run in runs]
-    flags = stats.diverged(percent(runs), losses, [classes(run) for run in runs])
-    return [run for run, bad in zip(runs, flags, strict=True) if bad]
+# ---------------------------------------- Text ----------------------------------------
 
 
 def duration(seconds: float) -> str:
-    """'42s', '3m 07s', '2h 05m'."""
+    """Return '42s', '3m 07s' or '2h 05m'."""
     seconds = max(0, round(seconds))
     if seconds < 60:
         return f'{seconds}s'
@@ -89,204 +149,335 @@ def duration(seconds: float) -> str:
     return f'{seconds // 3600}h {seconds % 3600 // 60:02d}m'
 
 
-def interval(estimate: stats.Estimate, digits: int, unit: str) -> str:
-    """'94.01% +- 0.03'."""
-    text = f'{estimate.value:.{digits}f}{unit}'
-    return text if math.isnan(estimate.low) else f'{text} +- {estimate.half:.{digits}f}'
+def with_interval(estimate: stats.Estimate, digits: int, unit: str) -> str:
+    """Return '94.01 +- 0.03 %'."""
+    text = f'{estimate.value:.{digits}f}'
+    if not math.isnan(estimate.low):
+        text += f' +- {estimate.half:.{digits}f}'
+    return f'{text} {unit}'
+
+
+def digits_of(seconds: float) -> int:
+    """Return how many digits a time is shown with: four in front and behind the point."""
+    if seconds < 10:
+        return 3
+    return 2 if seconds < 100 else 1
 
 
 def p_text(p: float) -> str:
     return 'p < 0.001' if p < 0.001 else f'p = {p:.3f}'
 
 
+def whole(name: str) -> str:
+    """Return a name that `wrapped` does not break: textwrap breaks at plain spaces only."""
+    return name.replace(' ', '\u00a0')
+
+
+def wrapped(text: str, width: int) -> str:
+    lines = textwrap.wrap(text, width, break_long_words=False, break_on_hyphens=False)
+    return '\n'.join(lines).replace('\u00a0', ' ')
+
+
 # ---------------------------------------- The table ----------------------------------------
 
 
-def arms_table(results: Results) -> Table:
-    """A row for each arm."""
-    reference = next(iter(results.arms.values()))
-    with_cost = results.comparisons > 0 and all(flop(runs) for runs in results.arms.values())
-    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
-    table.add_column('Arm', overflow='fold')
-    heads = ['n', 'Accuracy (95% CI)', 'Std', f'>={results.target:g}%', 'Diverged']
-    heads += ['Clock/run (95% CI)'] if results.with_clocks else []
-    heads += ['Cost'] if with_cost else []
-    for head in heads:
-        table.add_column(head, no_wrap=True)
-    for name, runs in results.arms.items():
-        accuracies, n = percent(runs), len(runs)
-        spread = stats.std(accuracies)
-        cells = [
-            name,
-            str(n),
-            interval(stats.mean(accuracies), 2, '%'),
-            '' if math.isnan(spread) else f'{spread:.2f}',
-            f'{int(sum(accuracies.round(6) >= results.target))}/{n}',
-            f'{len(diverged(runs))}/{n}',
-        ]
-        if results.with_clocks:
-            cells.append(interval(stats.mean(clocks(runs)), 3, 's'))
-        if with_cost:
-            cells.append(f'x {flop(runs) / flop(reference):.3f}')
-        table.add_row(*cells)
-    return table
+def table_columns(results: Results) -> dict[str, list[str]]:
+    """Return the cells of each column: those that say nothing are left out."""
+    arms = results.arms
+    reference = arms[results.reference]
+    columns: dict[str, list[str]] = {}
+    target = f'>={results.target:g}%'
+    for runs in arms.values():
+        n = len(runs)
+        spread = stats.std(accuracies(runs))
+        reached = int(sum(accuracies(runs).round(6) >= results.target))
+        average = stats.mean(times(runs))
+        cells = {
+            'n': str(n),
+            'Accuracy': with_interval(stats.mean(accuracies(runs)), 2, '%'),
+            'Std': '' if math.isnan(spread) else f'{spread:.2f}',
+            target: f'{reached}/{n}',
+            'Diverged': f'{len(diverged(runs))}/{n}',
+        }
+        if results.with_times:
+            cells['Time/run'] = with_interval(average, digits_of(average.value), 's')
+        if len(arms) > 1 and all(map(flop, arms.values())):
+            cells['Cost'] = f'{flop(runs) / flop(reference):.3f}'
+        for head, cell in cells.items():
+            columns.setdefault(head, []).append(cell)
+    for head in (target, 'Diverged'):
+        if all(cell.startswith('0/') for cell in columns[head]):
+            del columns[head]
+    return columns
 
 
-def diverged_lines(results: Results, most: int = 10) -> list[str]:
-    """Which runs diverged: named, but not dropped."""
+def table_lines(names: list[str], columns: dict[str, list[str]], width: int) -> list[str]:
+    """Return the table's lines; a name that leaves no room for numbers gets a line of its own."""
+    heads = ''
+    rows = [''] * len(names)
+    for head, cells in columns.items():
+        cell_width = max(len(cell) for cell in [head, *cells])
+        heads += GAP + head.ljust(cell_width)
+        for i, cell in enumerate(cells):
+            rows[i] += GAP + cell.ljust(cell_width)
+    room = width - len(heads)
+    fitting = [len(name) for name in names if len(name) <= room]
+    name_width = max([3, *fitting])
+    lines = ['Arm'.ljust(name_width) + heads]
+    for name, row in zip(names, rows, strict=True):
+        if len(name) > name_width:
+            lines.append(name)
+            name = ''
+        lines.append(name.ljust(name_width) + row)
+    return [line.rstrip() for line in lines]
+
+
+def legend_line(results: Results, columns: dict[str, list[str]]) -> str:
+    """Return what the columns mean, and those that were left out."""
+    text = 'Accuracy: with TTA. +-: 95% confidence interval of the mean. Std: of a run, in points.'
+    if results.with_times:
+        text += ' Time: training time.'
+    if 'Cost' in columns:
+        text += f' Cost: FLOP of a run, as a share of those of {whole(results.reference)}.'
+    nothing = []
+    if 'Diverged' not in columns:
+        nothing.append('No run diverged.')
+    if f'>={results.target:g}%' not in columns:
+        nothing.append(f'No run reached {results.target:g}%.')
+    return ' '.join([text, *nothing])
+
+
+def diverged_lines(results: Results) -> list[str]:
+    """Name the runs that diverged."""
     lines = []
     for name, runs in results.arms.items():
         for run in diverged(runs):
-            lines.append(f'Diverged: {name}, run {run.get("run", "?")}, {run["tta_acc"]:.2%}')
-    if len(lines) > most:
-        return [*lines[:most], f'Diverged: and {len(lines) - most} more']
+            lines.append(f'Diverged: {whole(name)}, run {run.turn or "?"}, {run.accuracy:.2f} %')
+    if len(lines) > MOST_DIVERGED:
+        more = len(lines) - MOST_DIVERGED
+        return [*lines[:MOST_DIVERGED], f'Diverged: and {more} more']
     return lines
 
 
-# ---------------------------------------- The comparisons ----------------------------------------
+# ---------------------------------------- Comparisons ----------------------------------------
 
 
-def verdict(name: str, reference: str, difference: stats.Difference, p: float, sizes: tuple) -> str:
-    """A sentence: better, worse, or no difference shown."""
+@dataclass
+class Judged:
+    """A comparison, and the sentence about it."""
+
+    name: str
+    comparison: Comparison
+    difference: stats.Difference
+    sentence: str
+
+
+def verdict(name: str, results: Results, comparison: Comparison, p: float) -> str:
+    """Return a sentence: better, worse, or no difference shown."""
+    reference = whole(results.reference)
+    value = comparison.difference().value
+    facts = f'({whole(comparison.n_text)}, {whole(p_text(p))})'
     if p < stats.ALPHA:
-        word = 'better' if difference.value > 0 else 'worse'
-        return (
-            f'{name} is {word} than {reference} by {abs(difference.value):.2f} points ({p_text(p)})'
+        word = 'better' if value > 0 else 'worse'
+        return f'{whole(name)} is {word} than {reference} by {abs(value):.2f} points {facts}'
+    return f'{whole(name)}: no difference from {reference} shown {facts}'
+
+
+def sequential_verdict(name: str, results: Results, decision: stats.Decision) -> str:
+    """Return the sentence of --until-sure."""
+    name, reference = whole(name), whole(results.reference)
+    points = abs(decision.difference.value)
+    facts = f'({whole(counted(decision.n, "pair"))}, {whole(f"look {decision.look}")})'
+    if decision.verdict in ('better', 'worse'):
+        return f'{name} is {decision.verdict} than {reference} by {points:.2f} points {facts}'
+    if decision.verdict == 'equal':
+        limit = f'{results.until_sure:g} points'
+        return f'{name}: a difference from {reference} of {limit} is ruled out {facts}'
+    return (
+        f'{name}: undecided; neither a difference from {reference} nor its absence is shown {facts}'
+    )
+
+
+def judge(results: Results, compared: dict[str, Comparison]) -> list[Judged]:
+    """Return the verdicts of fixed numbers of runs."""
+    differences = [comparison.difference() for comparison in compared.values()]
+    adjusted = stats.holm([difference.p for difference in differences])
+    judged = []
+    for (name, comparison), difference, p in zip(
+        compared.items(), differences, adjusted, strict=True
+    ):
+        sentence = verdict(name, results, comparison, p)
+        judged.append(Judged(name, comparison, difference, sentence))
+    return judged
+
+
+def judge_looks(results: Results, compared: dict[str, Comparison]) -> list[Judged]:
+    """Return the verdicts of --until-sure: of the turns that a look has seen."""
+    looks, p = stats.sequential_plan(results.planned, len(results.arms) - 1)
+    judged = []
+    for name, comparison in compared.items():
+        sample = without_gap(comparison.sample)
+        reference = without_gap(comparison.reference)
+        decision = stats.sequential(
+            accuracies(sample), accuracies(reference), looks, p, results.until_sure
         )
-    n = ' and '.join(str(size) for size in dict.fromkeys(sizes))
-    return f'{name}: no difference from {reference} shown at n = {n} ({p_text(p)})'
+        seen = compare(sample[: decision.n], reference[: decision.n])
+        sentence = sequential_verdict(name, results, decision)
+        judged.append(Judged(name, seen, decision.difference, sentence))
+    return judged
 
 
-def margin_clause(sample, reference, margin: float) -> str:
-    """Non-inferiority: the one-sided 95% bound is that of the two-sided 90% interval."""
-    bound = stats.welch(sample, reference, 1 - 2 * stats.ALPHA).low
+def margin_clause(comparison: Comparison, margin: float) -> str:
+    """Return a clause on non-inferiority, by the low end of the 90% interval."""
+    bound = comparison.difference(1 - 2 * stats.ALPHA).low
     shown = f'(one-sided 95% bound {bound:+.2f})'
     if bound > -margin:
         return f'not inferior by more than {margin:g} points {shown}'
     return f'non-inferiority by {margin:g} points not shown {shown}'
 
 
-def sequential_sentence(
-    name: str, reference: str, decision: stats.Decision, results: Results
-) -> str:
-    """The verdict of --until-sure."""
-    change = decision.difference
-    if decision.verdict in ('better', 'worse'):
-        text = f'{name} is {decision.verdict} than {reference} by {abs(change.value):.2f} points'
-    elif decision.verdict == 'equal':
-        text = f'{name}: a difference from {reference} of {results.until_sure:g} points is excluded'
-    else:
-        text = f'{name}: undecided, neither a difference from {reference} nor its absence is shown'
-    return f'{text}, n = {decision.n} (look {decision.look})'
-
-
-def numbers_line(
-    sample: list[dict], reference: list[dict], difference: stats.Estimate, with_clocks: bool
-) -> str:
-    """The difference, the ratio of clocks and that of costs."""
+def numbers_line(one: Judged, with_times: bool) -> str:
+    """Return the difference, the ratio of training times and that of costs."""
+    difference = one.difference
     text = f'{difference.value:+.2f} points ({difference.low:+.2f} to {difference.high:+.2f})'
-    if with_clocks:
-        clock = stats.ratio(clocks(sample), clocks(reference))
-        text += f', clock x {clock.value:.3f} ({clock.low:.3f} to {clock.high:.3f})'
-    if flop(sample) and flop(reference):
-        text += f', cost x {flop(sample) / flop(reference):.3f}'
+    if with_times:
+        ratio = one.comparison.time_ratio()
+        text += f', time x {ratio.value:.3f} ({ratio.low:.3f} to {ratio.high:.3f})'
+    cost = one.comparison.cost_ratio
+    if cost is not None:
+        text += f', cost x {cost:.3f}'
     return text
 
 
-def sequential_plan(runs: int, comparisons: int) -> tuple[list[int], float]:
-    """The looks, and the p below which one decides: 5% over all looks and arms (Bonferroni)."""
-    looks = stats.planned_looks(runs)
-    return looks, stats.nominal_p(looks, stats.ALPHA / max(1, comparisons))
+def diverged_clause(comparison: Comparison) -> tuple[str, str]:
+    """Return what a sentence says of diverged runs, and the line of numbers without them."""
+    bad = [*diverged(comparison.sample), *diverged(comparison.reference)]
+    if not bad:
+        return '', ''
+    make = 'makes' if len(bad) == 1 else 'make'
+    clause = f'; {counted(len(bad), "diverged run")} {make} this interval'
+    rest = without_diverged(comparison)
+    if min(len(rest.sample), len(rest.reference)) < 2:
+        return clause, ''
+    difference = rest.difference()
+    it = 'it' if len(bad) == 1 else 'them'
+    numbers = f'{difference.value:+.2f} points ({difference.low:+.2f} to {difference.high:+.2f})'
+    return clause, f'without {it}: {numbers}, {rest.n_text}'
 
 
-def without_gap(runs: list[dict]) -> list[dict]:
-    """The runs of an arm up to the first turn that its log lacks: what a look may have seen."""
-    return [run for turn, run in enumerate(runs, start=1) if run.get('run', turn) == turn]
-
-
-def comparison_lines(results: Results) -> list[str]:
-    """A sentence and the numbers for each arm."""
-    (reference, base), *others = results.arms.items()
-    pairs = [(name, runs) for name, runs in others if min(len(runs), len(base)) > 1]
-    lines = [
-        f'{name}: one run or none, no comparison'
-        for name, runs in others
-        if (name, runs) not in pairs
-    ]
-    if not pairs:
-        return lines
-    differences = [stats.welch(percent(runs), percent(base)) for _, runs in pairs]
-    adjusted = stats.holm([difference.p for difference in differences])
-    looks, p_look = [], 0.0
-    if results.until_sure:
-        looks, p_look = sequential_plan(results.planned, results.comparisons)
-    for (name, runs), difference, p in zip(pairs, differences, adjusted, strict=True):
+def comparison_lines(results: Results, width: int) -> list[str]:
+    """Return a sentence and the numbers for each arm, and how they came about."""
+    base = results.arms[results.reference]
+    lines = []
+    compared = {}
+    for name, runs in results.arms.items():
+        if name == results.reference:
+            continue
+        comparison = compare(runs, base)
         if results.until_sure:
-            points = results.until_sure
-            samples, seen = [without_gap(runs), without_gap(base)], looks
-            if min(map(len, samples)) < 2:  # no look could be made: what there is
-                samples, seen = [runs, base], []
-            decision = stats.sequential(*map(percent, samples), seen, p_look, points)
-            difference = decision.difference
-            sentence = sequential_sentence(name, reference, decision, results)
+            turns = min(len(without_gap(runs)), len(without_gap(base)))
         else:
-            sentence = verdict(name, reference, difference, p, (len(runs), len(base)))
+            turns = min(len(runs), len(base))
+        if turns < 2:
+            lines.append(f'{name}: fewer than two runs, no comparison')
+        else:
+            compared[name] = comparison
+    if not compared:
+        return lines
+    judged = (judge_looks if results.until_sure else judge)(results, compared)
+    for one in judged:
+        clause, rest = diverged_clause(one.comparison)
+        sentence = one.sentence + clause
         if results.margin is not None:
-            sentence += '; ' + margin_clause(percent(runs), percent(base), results.margin)
-        numbers = numbers_line(runs, base, difference, results.with_clocks)
-        lines += [sentence, f'    {numbers}']
-    return lines + method_lines(results, len(pairs), looks, p_look)
+            sentence += '; ' + margin_clause(one.comparison, results.margin)
+        lines.append(wrapped(sentence, width))
+        lines.append(f'    {numbers_line(one, results.with_times)}')
+        if rest:
+            lines.append(f'    {rest}')
+    return lines + [wrapped(line, width) for line in method_lines(results, judged)]
 
 
-def method_lines(results: Results, pairs: int, looks: list[int], p_look: float) -> list[str]:
-    """How the sentences came about."""
+def method_lines(results: Results, judged: list[Judged]) -> list[str]:
+    """Return how the sentences came about."""
+    number = len(judged)
     if results.until_sure:
-        sentence = (
-            f'Looks at {", ".join(map(str, looks))} runs per arm; one decides at p < {p_look:.4f}, '
-            f'so that 5% holds over all looks and {results.comparisons} comparison(s) (Pocock, '
-            'Bonferroni); intervals of that level.'
-        )
+        looks, p = stats.sequential_plan(results.planned, len(results.arms) - 1)
+        every = ', '.join(map(str, looks))
+        comparisons = counted(len(results.arms) - 1, 'comparison')
+        lines = [
+            f'Compared turn by turn (paired t-test). Looks after {every} turns; one decides at '
+            f'{whole(f"p < {p:.4f}")}, so that all looks and {comparisons} together give 5% of '
+            'false alarms (Pocock, Bonferroni). The intervals are of that level.'
+        ]
     else:
-        sentence = "Difference of means with Welch's 95% interval"
-        sentence += f'; p adjusted for {pairs} comparisons (Holm).' if pairs > 1 else ' and p.'
-    lines = [sentence]
+        lines = [paired_or_welch(judged)]
+        if number > 1:
+            lines[0] += f' p is adjusted for {number} comparisons (Holm).'
     if results.searched:
         lines.append('Found by search: confirm the winner with `run` on new seeds.')
     return lines
+
+
+def paired_or_welch(judged: list[Judged]) -> str:
+    """Return which test the comparisons used."""
+    kinds = {one.comparison.pairs for one in judged}
+    if kinds == {True}:
+        return (
+            'Compared turn by turn (paired t-test, 95% intervals): runs of a turn share their seed.'
+        )
+    if kinds == {False}:
+        return (
+            "Difference of means (Welch's t-test, 95% intervals): not every run has a partner of "
+            'the same turn and seed.'
+        )
+    return (
+        "Pairs: compared turn by turn (paired t-test). Others: difference of means (Welch's "
+        't-test), as not every run has a partner of the same turn and seed. 95% intervals.'
+    )
 
 
 # ---------------------------------------- All of it ----------------------------------------
 
 
 def machine_lines(results: Results) -> list[str]:
-    """The devices and versions that the runs were made with."""
+    """Return the devices, versions and data of the runs."""
     every = [run for runs in results.arms.values() for run in runs]
-    kinds = {tuple(run.get(key) for key in ('device', 'torch', 'dtype')): None for run in every}
-    heads = ('', 'torch ', '')
-    lines = [
-        ', '.join(head + one_line(fact) for head, fact in zip(heads, kind, strict=True) if fact)
-        for kind in kinds
-    ]
-    if results.with_clocks and len({kind[0] for kind in kinds}) > 1:
-        lines.append('The runs come from several devices: their clocks cannot be compared.')
-    if len({data_key(run) for run in every}) > 1:
+    lines = []
+    for run in every:
+        device = re.sub(r'\b1 threads\b', '1 thread', run.device or '')
+        torch = f'torch {run.torch}' if run.torch else ''
+        facts = [one_line(fact) for fact in (device, torch, run.dtype) if fact]
+        line = ', '.join(facts)
+        if line not in lines:
+            lines.append(line)
+    if results.with_times and len({run.device for run in every}) > 1:
+        lines.append('The runs come from several devices: their times cannot be compared.')
+    if len({records.data_key(run) for run in every}) > 1:
         lines.append('The data differ, or the logs do not show that they are the same.')
-    sets = {one_line(describe_data(run)): None for run in every}
-    warmups = sum(runs[0].get('warmup_seconds') or 0 for runs in results.arms.values())
-    lines += [f'Data: {text}' for text in sets]
-    return [*lines, f'Warm-up: {duration(warmups)}'] if results.with_clocks else lines
+    for run in every:
+        line = f'Data: {describe_data(run)}'
+        if line not in lines:
+            lines.append(line)
+    if results.with_times:
+        warmups = [runs[0].warmup_seconds or 0 for runs in results.arms.values()]
+        lines.append(f'Warm-up: {duration(sum(warmups))}')
+    return lines
 
 
-def describe_data(run: dict) -> str:
-    """'cifar10 (50000 to train on, 10000 to test)'."""
-    data = run.get('data')
-    if isinstance(data, dict) and {'name', 'train', 'test'} <= data.keys():
-        return f'{data["name"]} ({data["train"]} to train on, {data["test"]} to test)'
-    return str(data)
+def data_name(run: Run) -> str:
+    """Return the name of a run's data: the last part of a path."""
+    name = str(run.data.get('name'))
+    return one_line(Path(name).name or name)
+
+
+def describe_data(run: Run) -> str:
+    """Return 'cifar10 (50000 to train on, 10000 to test)'."""
+    facts = run.data
+    return f'{data_name(run)} ({facts.get("train")} to train on, {facts.get("test")} to test)'
 
 
 def common_lines(changes: list[str], names) -> list[str]:
-    """What --hyp gave the arms (by name), which an arm's own changes go before."""
+    """Return what --hyp gave the arms (by name), which an arm's own changes go before."""
     if not changes:
         return []
     keys = [change.partition('=')[0] for change in changes]
@@ -295,28 +486,23 @@ def common_lines(changes: list[str], names) -> list[str]:
     return [f'{who}: {one_line(" ".join(changes))}']
 
 
-def put_reference_first(arms: dict, reference: str | None) -> dict:
-    """The arms in an order where `reference` is the first."""
-    if reference is None:
-        return arms
-    if reference not in arms:
-        raise UserError(f'--reference {one_line(reference)}: there are {", ".join(arms)}')
-    return {reference: arms[reference], **arms}
+def report_lines(results: Results, width: int) -> list[str]:
+    """Return the table, the comparisons, and where it all comes from."""
+    lines = common_lines(results.common, results.arms)
+    if results.arms:
+        columns = table_columns(results)
+        lines += table_lines(list(results.arms), columns, width)
+        lines.append(wrapped(legend_line(results, columns), width))
+        lines += [wrapped(line, width) for line in diverged_lines(results)]
+        if len(results.arms) > 1:
+            lines += ['', *comparison_lines(results, width)]
+        lines += ['', *machine_lines(results)]
+    lines += [f'Note: {note}' for note in results.notes]
+    lines += [f'Log: {one_line(folder)}' for folder in results.folders]
+    return lines
 
 
 def print_report(console: Console, results: Results):
-    """The table, the comparisons, and where it all comes from."""
-    for line in common_lines(results.common, results.arms):
-        console.print(line)
-    if results.arms:
-        console.print(arms_table(results))
-        lines = ['+-: 95% confidence interval of the mean. Std: of a run, in points.']
-        lines += [*diverged_lines(results), '']
-        if results.comparisons:
-            lines += [*comparison_lines(results), '']
-        for line in [*lines, *machine_lines(results)]:
-            console.print(line)
-    for note in results.notes:
-        console.print(f'Note: {note}')
-    for folder in results.folders:
-        console.print(f'Log: {one_line(folder)}', soft_wrap=True)
+    """Print the report; no line is broken but where this module breaks it."""
+    for line in report_lines(results, console.width):
+        console.print(line, soft_wrap=True)
