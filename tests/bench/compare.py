@@ -66,6 +66,11 @@ class Comparison:
         return test(times(self.sample), times(self.reference))
 
     @property
+    def same_device(self) -> bool:
+        """Whether the times can be compared."""
+        return len({run.device for run in [*self.sample, *self.reference]}) == 1
+
+    @property
     def cost_ratio(self) -> float | None:
         """Ratio of the FLOP, where both were counted."""
         if flop(self.sample) and flop(self.reference):

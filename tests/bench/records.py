@@ -6,6 +6,7 @@ import datetime
 import difflib
 import json
 import os
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,6 +16,7 @@ from bench.errors import UserError, one_line
 SCHEMA = 1
 EXPERIMENT = 'experiment.json'
 DIFF_LINES = 12
+PROCESS_FILE = re.compile(r'runs(-\d+)?\.jsonl')  # as `runs_file` names them
 CHECKSUMS = (
     'train_images_crc32',
     'train_labels_crc32',
@@ -331,10 +333,12 @@ def left_out(files: list[Path]) -> list[str]:
     given = {file.resolve() for file in files}
     notes = []
     for file in files:
-        if not file.name.startswith('runs'):
+        if not PROCESS_FILE.fullmatch(file.name):
             continue
-        peers = sorted(file.parent.glob('runs*.jsonl'))
-        missing = [peer.name for peer in peers if peer.resolve() not in given]
+        missing = []
+        for peer in sorted(file.parent.glob('runs*.jsonl')):
+            if PROCESS_FILE.fullmatch(peer.name) and peer.resolve() not in given:
+                missing.append(peer.name)
         if missing:
             others = one_line(', '.join(missing))
             notes.append(

@@ -340,7 +340,7 @@ def numbers_line(one: Judged, with_times: bool) -> str:
     """Return the difference, the ratio of training times and that of costs."""
     difference = one.difference
     text = f'{difference.value:+.2f} points ({difference.low:+.2f} to {difference.high:+.2f})'
-    if with_times:
+    if with_times and one.comparison.same_device:
         ratio = one.comparison.time_ratio()
         text += f', time x {ratio.value:.3f} ({ratio.low:.3f} to {ratio.high:.3f})'
     cost = one.comparison.cost_ratio
