@@ -1,7 +1,6 @@
-"""What every test file uses: both scripts as modules, small data, a narrow network."""
+"""What every test file uses: the three scripts as modules, small data, a narrow network."""
 
 import contextlib
-import copy
 import functools
 import importlib
 import os
@@ -19,36 +18,60 @@ import torch
 from hypothesis import configuration
 
 ROOT = Path(__file__).resolve().parent.parent
-SCRIPTS = ('airbench94_baseline', 'airbench94_modified')
-sys.path.insert(0, str(ROOT))
+FILES = {
+    'airbench94_baseline': ROOT / 'airbench94_baseline.py',
+    'airbench94_modified': ROOT / 'airbench94_modified.py',
+    'fast94': ROOT / 'tests' / 'bench' / 'examples' / 'fast94.py',
+}
+SCRIPTS = tuple(FILES)
+for path in FILES.values():
+    sys.path.insert(0, str(path.parent))
 configuration.set_hypothesis_home_dir(Path(tempfile.gettempdir(), 'hypothesis'))
 torch.set_num_threads(1)  # the work is tiny: on a busy machine a second thread waits for its turn
 
 # A run of a second or less: 4 steps per epoch on the 256 images of `data`.
-NARROW = {'opt.batch_size': 64, 'opt.train_epochs': 2.0}
-NARROW |= {f'net.widths.block{i}': 8 for i in (1, 2, 3)}
+NARROW = {
+    'opt.batch_size': 64,
+    'opt.train_epochs': 2.0,
+    'net.widths.block1': 8,
+    'net.widths.block2': 8,
+    'net.widths.block3': 8,
+}
 NARROW_ARGS = ['--device', 'cpu', '--hyp', *(f'{key}={value}' for key, value in NARROW.items())]
 
 
+def set_value(hyp: dict, key: str, value):
+    """Set hyp['opt']['lr'] for the key 'opt.lr'."""
+    *groups, name = key.split('.')
+    for group in groups:
+        hyp = hyp[group]
+    hyp[name] = value
+
+
 def narrow_hyp(script, **changes) -> dict:
-    """A copy of a script's hyp with NARROW and then the changes: lr=9 or **{'opt.lr': 9}."""
-    hyp = copy.deepcopy(script.hyp)
-    known = script.flatten(hyp)
-    for change, value in {**NARROW, **changes}.items():
+    """Return a copy of a script's hyp with NARROW and the changes: lr=9 or **{'opt.lr': 9}.
+
+    Of fast94's two epochs, the first is on small images.
+    """
+    hyp = script.default_hyp()
+    known = script.flat_hyp(hyp)
+    values = dict(NARROW)
+    if 'opt.low_res_epochs' in known:
+        values['opt.low_res_epochs'] = [24]
+    for change, value in {**values, **changes}.items():
         (key,) = [key for key in known if key == change or key.endswith(f'.{change}')]
-        *groups, name = key.split('.')
-        functools.reduce(dict.get, groups, hyp)[name] = value
+        set_value(hyp, key, value)
     return hyp
 
 
 # ---------------------------------------- The campaign ----------------------------------------
 def times(short, long):
-    """Parametrizes a fault test with n: the short form, and the long one in the campaign."""
+    """Parametrize a fault test with n: the short form, and the long one in the campaign."""
     return pytest.mark.parametrize('n', [short, pytest.param(long, marks=pytest.mark.campaign)])
 
 
 def pytest_configure(config):
-    """Leaves the long forms out, unless `-m campaign` asks for them."""
+    """Leave the long forms out, unless `-m campaign` asks for them."""
     chosen = config.option.markexpr
     if 'campaign' not in chosen:
         config.option.markexpr = f'({chosen}) and not campaign' if chosen else 'not campaign'
@@ -57,7 +80,7 @@ def pytest_configure(config):
 # ---------------------------------------- Scripts and data ----------------------------------------
 @pytest.fixture(params=SCRIPTS)
 def script(request):
-    """Each of the two scripts, as a module."""
+    """Return each of the three scripts, as a module."""
     return importlib.import_module(request.param)
 
 
@@ -71,22 +94,28 @@ def modified():
     return importlib.import_module('airbench94_modified')
 
 
+@pytest.fixture(scope='session')
+def fast94():
+    return importlib.import_module('fast94')
+
+
 @pytest.fixture
-def float32(monkeypatch, baseline, modified):
-    """Both scripts believe that this CPU gains nothing from bfloat16."""
-    for module in (baseline, modified):
-        monkeypatch.setattr(module, 'CPU_HAS_BFLOAT16', False)
+def float32(monkeypatch):
+    """Let all scripts believe that this CPU gains nothing from bfloat16."""
+    for name in SCRIPTS:
+        module = importlib.import_module(name)
+        monkeypatch.setattr(module, 'cpu_has_bfloat16', lambda: False)
 
 
 @pytest.fixture(scope='session')
 def data(baseline):
-    """The dict of `load_data` with 256 training and 100 test images, on the CPU."""
+    """Return the dict of `load_data` with 256 training and 100 test images, on the CPU."""
     return baseline.synthetic_data('cpu', train=256, test=100)
 
 
 @pytest.fixture(scope='session')
 def data_dir(data, tmp_path_factory):
-    """A directory with the train.pt and test.pt of `data`."""
+    """Return a directory with the train.pt and test.pt of `data`."""
     folder = tmp_path_factory.mktemp('data')
     for split, content in data.items():
         torch.save(content, folder / f'{split}.pt')
@@ -96,7 +125,7 @@ def data_dir(data, tmp_path_factory):
 # ---------------------------------------- Commands ----------------------------------------
 @pytest.fixture
 def call(baseline, tmp_path, monkeypatch, capsys):
-    """call(*args, script=baseline): main in an empty folder; its status, out, err and runs."""
+    """Return call(*args, script=baseline): main in an empty folder; status, out, err and runs."""
     monkeypatch.chdir(tmp_path)
 
     def call(*args, script=baseline):
@@ -113,20 +142,20 @@ def call(baseline, tmp_path, monkeypatch, capsys):
 
 
 def assert_refused(result, status=2):
-    """The command ended with a status and one line of at least four words."""
+    """Check that a command ended with a status and one line of at least four words."""
     assert result.status == status, result.err
     assert result.err.count('\n') == 1 and 'Traceback' not in result.err, result.err
     assert len(result.err.split()) >= 4, result.err
 
 
 def runs_in_table(out):
-    """How many runs the last row of a script's table is of."""
-    return int(re.findall(r'^(?:1|Average) .*% .* \d+/(\d+) +\d+/\1$', out, re.M)[-1])
+    """Return how many runs the last row of a script's table is of."""
+    return int(re.findall(r'^(?:1|Average) .*% .* \d+/(\d+)$', out, re.M)[-1])
 
 
 @contextlib.contextmanager
 def limited(kind, value):
-    """This process under a limit of the operating system: resource.RLIMIT_FSIZE, RLIMIT_AS."""
+    """Put this process under a limit of the operating system, such as resource.RLIMIT_FSIZE."""
     before, writes = resource.getrlimit(kind), sys.dont_write_bytecode
     sys.dont_write_bytecode = True  # no half .pyc may stay of what is imported meanwhile
     resource.setrlimit(kind, (value, before[1]))
@@ -138,14 +167,16 @@ def limited(kind, value):
 
 
 def environment(**variables):
-    """The environment of a subprocess: one thread, as results repeat and tests share a machine."""
+    """Return the environment of a subprocess: one thread, so that results repeat."""
     return {**os.environ, 'OMP_NUM_THREADS': '1', 'PYTHONUNBUFFERED': '1', **variables}
 
 
 @contextlib.contextmanager
 def live(folder, words, **options):
-    """A running process in a session of its own, which is ended with it; options of Popen.
-    (A shell's background job ignores Ctrl-C and hands that down: it is undone.)"""
+    """Run a process in a session of its own, which ends with it; options of Popen.
+
+    A shell's background job ignores Ctrl-C and hands that down: it is undone.
+    """
     pipes = dict(stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     options = {'env': environment(), **pipes, 'text': True, 'start_new_session': True, **options}
     ctrl_c = functools.partial(signal.signal, signal.SIGINT, signal.default_int_handler)
@@ -159,7 +190,7 @@ def live(folder, words, **options):
 
 
 def in_a_terminal(folder, words):
-    """What a command that ends well writes to a terminal, with line ends of a file."""
+    """Return what a command that ends well writes to a terminal, with line ends of a file."""
     pty = pytest.importorskip('pty')
     ours, theirs = pty.openpty()
     with live(folder, words, stdout=theirs, stderr=theirs) as process:

@@ -1,10 +1,11 @@
-"""CifarLoader: what its batches hold, what it computes when; both scripts' are the same."""
+"""CifarLoader: what its batches hold, what it computes when; all scripts' are the same."""
 
 import itertools
 
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import narrow_hyp
 
 FULL = {'flip': True, 'translate': 2}
 each_aug = pytest.mark.parametrize('aug', [FULL, {'flip': True}, {'translate': 2}, {}], ids=str)
@@ -12,7 +13,7 @@ each_aug = pytest.mark.parametrize('aug', [FULL, {'flip': True}, {'translate': 2
 
 @pytest.fixture(scope='module')
 def noise():
-    """300 images of noise, no two alike. The label of image i is i."""
+    """Return 300 images of noise, no two alike. The label of image i is i."""
     rng = torch.Generator().manual_seed(5)
     images = torch.randint(256, (300, 32, 32, 3), generator=rng, dtype=torch.uint8)
     split = {'images': images, 'labels': torch.arange(300), 'classes': [*map(str, range(300))]}
@@ -29,8 +30,10 @@ def batches(loader, epochs=3):
 
 
 def placements(loader, epochs):
-    """[epochs, 300, 3]: of each image of `noise` the row, column and mirroring of the crop of its
-    reflect-padded original that it is."""
+    """Return the row, column and mirroring of each image of `noise`: [epochs, 300, 3].
+
+    Each is a crop of its reflect-padded original.
+    """
     padded = F.pad(loader.normalize(loader.images), (2,) * 4, 'reflect')
     result = torch.full((epochs, 300, 3), -1)
     for epoch in range(epochs):
@@ -46,13 +49,13 @@ def placements(loader, epochs):
 # ---------------------------------------- Batches ----------------------------------------
 @each_aug
 @pytest.mark.parametrize('drop_last', [True, False])
-def test_both_loaders_yield_bit_identical_batches(aug, drop_last, baseline, modified, data):
-    streams = []
-    for script in (baseline, modified):
-        loader = make_loader(script, data, batch_size=100, aug=aug, drop_last=drop_last)
-        streams.append(batches(loader))
-    assert len(streams[0]) == 3 * (2 if drop_last else 3)
-    for pair in zip(*streams, strict=True):
+def test_all_loaders_yield_bit_identical_batches(aug, drop_last, baseline, script, data):
+    expected, found = (
+        batches(make_loader(module, data, batch_size=100, aug=aug, drop_last=drop_last))
+        for module in (baseline, script)
+    )
+    assert len(expected) == 3 * (2 if drop_last else 3)
+    for pair in zip(expected, found, strict=True):
         assert all(map(torch.equal, *pair))
 
 
@@ -99,6 +102,48 @@ def test_batches_are_float32_channels_last_with_int64_labels(aug, script, data):
         assert images.shape == (100, 3, 32, 32) and not images.requires_grad
         assert images.is_contiguous(memory_format=torch.channels_last)
         assert (images.dtype, labels.dtype) == (torch.float32, torch.int64)
+
+
+# ---------------------------------------- Selected images ----------------------------------------
+@pytest.mark.parametrize('epochs', [0, 1], ids=['before', 'after the first epoch'])
+@each_aug
+def test_images_and_labels_that_are_set_take_effect(aug, epochs, script, noise):
+    """As airbench's own README selects images: loader.images = loader.images[mask]."""
+    loader = make_loader(script, noise, batch_size=100, aug=aug, drop_last=False)
+    batches(loader, epochs)
+    kept = torch.arange(300) % 3 == 0
+    loader.images = loader.images[kept]
+    loader.labels = loader.labels[kept]
+    originals = make_loader(script, noise)
+    padded = F.pad(originals.normalize(originals.images), (2,) * 4, 'reflect')
+    seen = []
+    for images, labels in loader:
+        for image, label in zip(images, labels.tolist(), strict=True):
+            windows = padded[label].unfold(1, 32, 1).unfold(2, 32, 1)  # [3, 5, 5, 32, 32]
+            both = torch.stack((windows, windows.flip(-1)))
+            assert (both == image[:, None, None]).all(dim=(1, 4, 5)).any(), 'of another image'
+            seen.append(label)
+    assert len(loader) == 1 and sorted(seen) == [*range(0, 300, 3)]
+
+
+def test_images_that_are_set_are_those_of_infer(script, noise):
+    loader = make_loader(script, noise, train=False, batch_size=100)
+    net = script.make_net(narrow_hyp(script))
+    expected = script.infer(net, loader)
+    loader.images = loader.images[50:90]
+    torch.testing.assert_close(script.infer(net, loader), expected[50:90])
+
+
+def test_images_without_their_labels_are_an_error(script, noise):
+    loader = make_loader(script, noise, batch_size=100)
+    loader.images = loader.images[:200]
+    with pytest.raises(ValueError, match='200 images, but 300 labels'):
+        next(iter(loader))
+
+
+def test_unknown_augmentation_is_an_error(script, noise):
+    with pytest.raises(script.UserError, match='translat$'):
+        script.CifarLoader(noise, aug={'translat': 2})
 
 
 # ---------------------------------------- Augmentation ----------------------------------------

@@ -20,13 +20,13 @@ def floats(net):
 
 
 def train(script, data, **changes):
-    """A quiet run of 4 steps per epoch, from the weights of the fixture `net`."""
+    """Make a quiet run of 4 steps per epoch, from the weights of the fixture `net`."""
     return script.train(data, 1, narrow_hyp(script, **changes), 'cpu', quiet=True)
 
 
 @pytest.fixture
 def steps(script, monkeypatch):
-    """Makes training steps idle. A list of what each was given: lr and weight decay per group."""
+    """Make training steps idle. Returns a list of what each got: lr and weight decay per group."""
     steps = []
 
     def train_step(net, optimizer, images, targets, whiten_bias_grad):
@@ -167,7 +167,7 @@ def test_loss_is_cross_entropy_with_label_smoothing_summed_in_float32(
         return loss, logits
 
     monkeypatch.setattr(script, 'train_step', recorder)
-    monkeypatch.setattr(script, 'CPU_HAS_BFLOAT16', True)
+    monkeypatch.setattr(script, 'cpu_has_bfloat16', lambda: True)
     split = data['train']
     split = {**split, 'labels': split['labels'] % classes, 'classes': split['classes'][:classes]}
     hyp = narrow_hyp(script, label_smoothing=smoothing, train_epochs=0.25)
