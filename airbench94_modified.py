@@ -1077,7 +1077,7 @@ def print_table(runs: list[dict]):
     for run in runs:
         if abs(run['tta_acc'] - 1 / run['classes']) < 0.01:
             place = f'Trial {run["trial"]}, run {run["run"]}'
-            print(f'{place} is at chance ({run["tta_acc"]:.2%}): try a lower opt.lr')
+            print(f'{place} is at chance ({run["tta_acc"]:.2%}): try a lower opt.lr or more epochs')
 
 
 def print_machine(run: dict):
@@ -1103,25 +1103,30 @@ def data_facts(data: dict, name: str) -> dict:
 
 def source_code() -> str:
     """Return the code that runs: this file, or all cells of the notebook."""
-    if IN_NOTEBOOK:
+    if 'In' in globals():
         return '\n\n# %%\n'.join(globals()['In'][1:])
     return pathlib.Path(__file__).read_text('utf-8')
 
 
-def make_log_folder(log_dir: str, code: str) -> pathlib.Path:
-    """Make log_dir/<UTC time>-<script>-<id> with code.py. Raises UserError."""
-    stamp = time.strftime('%Y%m%dT%H%M%SZ', time.gmtime())
-    folder = pathlib.Path(log_dir, f'{stamp}-{NAME}-{os.urandom(3).hex()}')
+def name_log_folder(log_dir: str) -> pathlib.Path:
+    """Return log_dir/<UTC time>-<script>-<id>. Raises UserError where it cannot be made."""
     try:
-        folder.mkdir(parents=True)
-        (folder / 'code.py').write_text(code, 'utf-8')
+        os.makedirs(log_dir, exist_ok=True)
+        tempfile.TemporaryFile(dir=log_dir).close()
     except OSError as error:
         raise UserError(f'--log-dir {log_dir} cannot be written to: {error.strerror}') from None
-    return folder
+    stamp = time.strftime('%Y%m%dT%H%M%SZ', time.gmtime())
+    return pathlib.Path(log_dir, f'{stamp}-{NAME}-{os.urandom(3).hex()}')
 
 
-def append_to_log(folder: pathlib.Path, run: dict):
-    """Append a line to runs.jsonl. It is on the disk when this returns."""
+def append_to_log(folder: pathlib.Path, code: str, run: dict):
+    """Append a line to runs.jsonl. It is on the disk when this returns.
+
+    The folder is made for the first run, with the code in code.py.
+    """
+    if not folder.exists():
+        folder.mkdir()
+        (folder / 'code.py').write_text(code, 'utf-8')
     # JSON has no NaN and no infinity: null stands for them.
     plain = json.loads(json.dumps(run), parse_constant=lambda name: None)
     with open(folder / 'runs.jsonl', 'a', encoding='utf-8') as file:
@@ -1141,24 +1146,25 @@ IN_NOTEBOOK = sys.argv[0].endswith('kernel_launcher.py')
 def changed_hyp(changes: list[str]) -> dict:
     """Return a copy of hyp with changes such as 'opt.lr=9'. Raises UserError."""
     changed = default_hyp()
+    known = flat_hyp(hyp)
     for change in changes:
         key, _, text = change.partition('=')
         *groups, name = key.split('.')
-        branch = changed
-        for group in groups:
-            branch = branch.get(group, {})
-        if name not in branch:
-            where = '.'.join(groups) if branch else 'hyp'
-            raise UserError(f'no {key}; {where} has {", ".join(branch or hyp)}')
-        present = branch[name]
+        if key not in known:
+            group = f'{key.split(".")[0]}.'
+            same_group = [other for other in known if other.startswith(group)]
+            raise UserError(f'no {key}; there are {", ".join(same_group or known)}')
         try:
             value = json.loads(text.lower())
-            if isinstance(present, float):
-                value = float(value)
-        except (ValueError, TypeError):
+        except ValueError:
             value = None
-        if type(value) is not type(present):
-            raise UserError(f'{change}: it must be a value like {present}')
+        if isinstance(known[key], float) and type(value) is int:
+            value = float(value)
+        if type(value) is not type(known[key]):
+            raise UserError(f'{change}: it must be a value like {known[key]}')
+        branch = changed
+        for group in groups:
+            branch = branch[group]
         branch[name] = value
     check_hyp(changed)
     return changed
@@ -1171,7 +1177,7 @@ class Parser(argparse.ArgumentParser):
         raise UserError(f'{message} (--help lists the options)')
 
 
-def parse_args(argv: list[str] | None) -> argparse.Namespace:
+def parse_args(argv: list[str] | str | None) -> argparse.Namespace:
     """Return the options, checked. Raises UserError."""
     devices = [f'cuda:{i}' for i in range(torch.cuda.device_count())]
     if devices:
@@ -1193,6 +1199,8 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add('--synthetic', action='store_true', help='random images in place of CIFAR-10')
     if IN_NOTEBOOK and argv is None:
         argv = []
+    if isinstance(argv, str):
+        argv = argv.split()
     args = parser.parse_args(argv)
     for name in ('trials', 'runs'):
         if getattr(args, name) < 1:
@@ -1212,16 +1220,16 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 def warm_up(data: dict, hyp: dict, device: torch.device, net=None, step=None):
     """Make short runs, so that no kernel is chosen or compiled in a timed one.
 
-    They train on one batch: an epoch is one step, so every kind of step occurs. On CUDA they
-    evaluate all test images, so every batch of the evaluation occurs.
+    They train on one batch: an epoch is one step, so every kind of step occurs. They evaluate all
+    test images, so every batch of the evaluation occurs; eager ones on a CPU need less.
     """
     hyp = copy.deepcopy(hyp)
     n_test = len(data['test']['labels'])
     repeats = 10  # then a GPU's times have settled
     if device.type == 'cpu':
-        n_test = EVAL_BATCH['cpu']
         repeats = 1
         if step is None:  # eager kernels do not depend on the shape
+            n_test = EVAL_BATCH['cpu']
             hyp['opt']['batch_size'] = min(128, hyp['opt']['batch_size'])
     few = {}
     for split, n in (('train', hyp['opt']['batch_size']), ('test', n_test)):
@@ -1246,7 +1254,7 @@ def run_trials(args: argparse.Namespace, runs: list[dict]):
     check_batch_size(data, hyp)
     device = data['train']['images'].device
     code = source_code()
-    folder = make_log_folder(args.log_dir, code)
+    folder = name_log_folder(args.log_dir)
 
     print(f'{NAME} on {device}, seed {args.seed}, data: {data_name}')
     if device.type == 'cpu':
@@ -1281,7 +1289,7 @@ def run_trials(args: argparse.Namespace, runs: list[dict]):
             seed = int(seeds.generate_state(1)[0])
             record, net = train(data, seed, hyp, device, net, args.quiet, on_epoch, step)
             run = {**facts, 'trial': trial, 'run': number, **record}
-            append_to_log(folder, run)
+            append_to_log(folder, code, run)
             runs.append(run)
             progress.end_run(record)
             if args.save is not None:
@@ -1294,8 +1302,8 @@ def run_trials(args: argparse.Namespace, runs: list[dict]):
             print(f'Log: {folder}', flush=True)
 
 
-def main(argv: list[str] | None = None) -> list[dict]:
-    """Run the command line. Returns the records of the finished runs."""
+def main(argv: list[str] | str | None = None) -> list[dict]:
+    """Run the command line, as main('--trials 1'). Returns the records of the finished runs."""
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, 'reconfigure'):  # not in a notebook
             stream.reconfigure(errors='replace')  # for names that a terminal cannot show
