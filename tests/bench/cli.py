@@ -2,167 +2,286 @@
 
 import argparse
 import os
-import shutil
+import re
 import sys
-from pathlib import Path
+from dataclasses import dataclass
 
 from bench import records
-from bench.errors import ScriptError, UserError, one_line, stopping_signals
+from bench.errors import ScriptError, UserError, stopping_signals
 
-DEFAULTS = {
-    'scripts': [],
-    'runs': None,
-    'sweep': [],
-    'hyp': [],
-    'until_sure': None,
-    'margin': None,
-    'seed': None,
-    'device': 'auto',
-    'data_dir': 'cifar10',
-    'synthetic': False,
-    'curves': False,
-    'log_dir': 'logs',
-    'target': 94.0,
-    'resume': None,
-}
-RUNS, RUNS_UNTIL_SURE, POINTS = 25, 100, 0.1
-FIXED = ('scripts', 'sweep', 'hyp', 'seed', 'synthetic', 'curves')  # in a resumed experiment
-LIMITS = {
-    'runs': (1, 10**6),
-    'until_sure': (1e-3, 100),
-    'margin': (1e-3, 100),
-    'seed': (0, 2**64 - 1),
-    'target': (0, 100),
-}
+RUNS = 25
+RUNS_UNTIL_SURE = 100
+POINTS = 0.1
+HELD_OUT = 10000
+PAIR = re.compile(r'\w+(\.\w+)*=')  # the beginning of KEY=VALUE
 
+DESCRIPTION = """\
+Compare training scripts run by run.
+
+  python tests/bench run    train scripts in turns, log and compare the runs
+  python tests/bench show   table, comparison and figures of logs
+  python tests/bench speed  how fast the parts of scripts are
+
+Each has a --help of its own.
+"""
 EXAMPLES = """\
 examples
-  python tests/bench run airbench94_modified.py mine.py --runs 25
-  python tests/bench run mine.py --sweep opt.lr=9,11.5,14 --until-sure 0.1
-  python tests/bench run airbench94_baseline.py airbench94_baseline.py:recipe=fast94 --margin 0.1
-  torchrun --nproc_per_node=8 tests/bench run airbench94_baseline.py mine.py --runs 200
+  python tests/bench run airbench94_baseline.py mine.py
+  python tests/bench run airbench94_baseline.py mine.py --holdout --runs 50 --margin 0.1
+  python tests/bench run mine.py mine.py:opt.lr=9,opt.momentum=0.9
+  python tests/bench run mine.py --sweep opt.lr=9,11.5,14 --until-sure
   python tests/bench run --resume logs/20260101T000000Z-bench-1a2b3c
-  python tests/bench show logs/A logs/B --plot figure.png
+  torchrun --nproc_per_node=8 tests/bench run airbench94_baseline.py mine.py --runs 200
 """
 
 
-class Parser(argparse.ArgumentParser):
-    """argparse whose errors are UserErrors, and which has no defaults: only what was given."""
+# ---------------------------------------- Options ----------------------------------------
 
-    def __init__(self, *args, **kwargs):
+
+@dataclass(frozen=True)
+class Option:
+    """An option: all that the parser, the defaults, the limits and --resume need to know."""
+
+    name: str  # '--until-sure', or 'scripts'
+    help: str
+    default: object = None
+    metavar: str | None = None
+    kind: type | None = None  # None: a flag
+    many: bool = False
+    alone: object = None  # the value where the option is given without one
+    limits: tuple | None = None
+    fixed: bool = False  # --resume keeps what the log has
+
+    @property
+    def key(self) -> str:
+        return self.name.removeprefix('--').replace('-', '_')
+
+    def add_to(self, parser: argparse.ArgumentParser):
+        arguments = {'help': self.help}
+        if self.kind is None:
+            arguments['action'] = 'store_true'
+        else:
+            arguments['type'] = self.kind
+            arguments['metavar'] = self.metavar
+        if self.many:
+            arguments['nargs'] = '*'
+            if self.name.startswith('--'):
+                arguments['nargs'] = '+'
+                arguments['action'] = 'extend'
+        if self.alone is not None:
+            arguments['nargs'] = '?'
+            arguments['const'] = self.alone
+        parser.add_argument(self.name, **arguments)
+
+    def check(self, value: object):
+        """Raise UserError for a number out of range."""
+        if self.limits is None or value is None:
+            return
+        low, high = self.limits
+        if not low <= value <= high:
+            raise UserError(f'{self.name} {value}: it must be from {low} to {high}')
+
+
+TARGET = Option(
+    '--target',
+    'count the runs at or above this accuracy (default: 94)',
+    default=94.0,
+    metavar='PERCENT',
+    kind=float,
+    limits=(0, 100),
+)
+MARGIN = Option(
+    '--margin',
+    'say whether an arm is not inferior by more than POINTS',
+    metavar='POINTS',
+    kind=float,
+    limits=(1e-3, 100),
+)
+RUN_OPTIONS = [
+    Option(
+        'scripts',
+        'an arm each; the first is the reference',
+        default=[],
+        metavar='SCRIPT[:KEY=VALUE,...]',
+        kind=str,
+        many=True,
+        fixed=True,
+    ),
+    Option(
+        '--runs',
+        f'runs of each arm (default: {RUNS}; with --until-sure at most {RUNS_UNTIL_SURE})',
+        metavar='N',
+        kind=int,
+        limits=(1, 10**6),
+    ),
+    Option(
+        '--hyp',
+        'hyperparameters of all arms; compile=true compiles them',
+        default=[],
+        metavar='KEY=VALUE',
+        kind=str,
+        many=True,
+        fixed=True,
+    ),
+    Option(
+        '--sweep',
+        'an arm of the first script for each value; several keys make all combinations',
+        default=[],
+        metavar='KEY=A,B,...',
+        kind=str,
+        many=True,
+        fixed=True,
+    ),
+    Option(
+        '--until-sure',
+        f'stop when a difference is shown, or one of POINTS (default: {POINTS}) is excluded',
+        metavar='POINTS',
+        kind=float,
+        alone=POINTS,
+        limits=(1e-3, 100),
+    ),
+    MARGIN,
+    TARGET,
+    Option(
+        '--holdout',
+        f'test on the last N (default: {HELD_OUT}) training images, and train on the others',
+        metavar='N',
+        kind=int,
+        alone=HELD_OUT,
+        limits=(1, 10**9),
+        fixed=True,
+    ),
+    Option(
+        '--seed',
+        'seed of the experiment (default: drawn and printed)',
+        metavar='S',
+        kind=int,
+        limits=(0, 2**64 - 1),
+        fixed=True,
+    ),
+    Option(
+        '--device',
+        'auto, cpu, cuda or cuda:1 (default: auto, which is CUDA where there is a GPU)',
+        default='auto',
+        metavar='D',
+        kind=str,
+    ),
+    Option(
+        '--data-dir',
+        'the folder that the reference reads the data of all arms from (default: cifar10)',
+        default='cifar10',
+        metavar='DIR',
+        kind=str,
+    ),
+    Option(
+        '--synthetic',
+        "the reference's synthetic_data in place of CIFAR-10",
+        default=False,
+        fixed=True,
+    ),
+    Option(
+        '--curves',
+        'evaluate after every epoch, for figures; not timed',
+        default=False,
+        fixed=True,
+    ),
+    Option(
+        '--log-dir',
+        'gets a folder for the experiment (default: logs)',
+        default='logs',
+        metavar='DIR',
+        kind=str,
+    ),
+    Option('--resume', 'make the runs that this log folder lacks', metavar='DIR', kind=str),
+]
+SHOW_OPTIONS = [
+    Option('logs', 'log folders or runs.jsonl files', metavar='LOG', kind=str, many=True),
+    Option('--plot', 'draw a figure; the suffix is its format', metavar='FILE', kind=str),
+    Option(
+        '--panels',
+        'panels of the figure, with commas (default: all that the logs have)',
+        metavar='LIST',
+        kind=str,
+    ),
+    Option('--label', 'show an arm as TEXT', metavar='ARM=TEXT', kind=str, many=True),
+    Option('--reference', 'compare with this arm (default: the first)', metavar='ARM', kind=str),
+    TARGET,
+    MARGIN,
+    Option('--no-time', 'leave out the times: those of a busy machine say nothing'),
+]
+
+
+class Parser(argparse.ArgumentParser):
+    """An ArgumentParser whose errors are UserErrors, and which returns only what was given."""
+
+    def __init__(self, command: str, options: list[Option], epilog: str | None = None):
         super().__init__(
-            *args,
-            **kwargs,
+            f'python tests/bench {command}',
+            epilog=epilog,
             allow_abbrev=False,
             argument_default=argparse.SUPPRESS,
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
+        self.options = options
+        for option in options:
+            option.add_to(self)
 
     def error(self, message: str):
-        raise UserError(f'{one_line(message)} (python tests/bench --help)')
+        raise UserError(f'{message} ({self.prog} --help lists the options)')
+
+    def given(self, argv: list[str]) -> dict:
+        """Return the options of a command line, checked; those not given are left out."""
+        given = vars(self.parse_intermixed_args(argv))
+        for option in self.options:
+            option.check(given.get(option.key))
+        target = given.get('target')
+        if target is not None and 0 < target <= 1:
+            wanted = 100 * target
+            raise UserError(f'--target {target:g}: it is in percent; did you mean {wanted:g}?')
+        return given
 
 
-def add_run_options(run: Parser):
-    add, many = run.add_argument, {'nargs': '+', 'action': 'extend'}
-    add(
-        'scripts',
-        nargs='*',
-        metavar='SCRIPT[:KEY=VALUE,...]',
-        help='arms; the first is the reference',
-    )
-    add(
-        '--runs',
-        type=int,
-        metavar='N',
-        help=f'runs per arm ({RUNS}), or at most ({RUNS_UNTIL_SURE})',
-    )
-    add(
-        '--sweep',
-        **many,
-        metavar='KEY=A,B,...',
-        help='arms of the first script, one for each value',
-    )
-    add(
-        '--hyp',
-        **many,
-        metavar='KEY=VALUE',
-        help='hyperparameters of all arms; recipe=NAME, compile=true',
-    )
-    add(
-        '--until-sure',
-        nargs='?',
-        const=POINTS,
-        type=float,
-        metavar='POINTS',
-        help=f'stop when a difference is shown, or one of POINTS ({POINTS}) is excluded',
-    )
-    add('--margin', type=float, metavar='POINTS', help='is it not inferior by more than POINTS?')
-    add('--seed', type=int, metavar='S', help='of the whole experiment (drawn and printed)')
-    add('--device', metavar='D', help='auto, cpu, cuda, cuda:1 (auto: CUDA where it is)')
-    add('--data-dir', metavar='DIR', help='what the scripts read their data from (cifar10)')
-    add(
-        '--synthetic',
-        action='store_true',
-        help="the first script's synthetic_data in place of CIFAR-10",
-    )
-    add('--curves', action='store_true', help='evaluate after each epoch, for the figures')
-    add('--log-dir', metavar='DIR', help='gets a folder for the experiment (logs)')
-    add('--target', type=float, metavar='PCT', help='accuracy in percent to count from (94)')
-    add('--resume', metavar='DIR', help='make the runs that this log folder lacks')
+def sort_pairs(argv: list[str]) -> list[str]:
+    """Return a command line where scripts after the pairs of --hyp and --sweep are scripts.
 
-
-def add_show_options(show: Parser):
-    add = show.add_argument
-    add('logs', nargs='+', metavar='LOG', help='log folders or runs.jsonl files')
-    add('--plot', metavar='FILE', help='draw a figure; its suffix is the format')
-    add('--target', type=float, metavar='PCT', help='accuracy in percent to count from (94)')
-    add('--margin', type=float, metavar='POINTS', help='is it not inferior by more than POINTS?')
-    add('--reference', metavar='ARM', help='what to compare with (the first arm)')
-    add('--no-clock', action='store_true', help='for runs of a busy machine: no clocks')
-
-
-def make_parser() -> Parser:
-    """The parser of all subcommands but speed, which has its own."""
-    parser = Parser('bench', description=__doc__, epilog=EXAMPLES)
-    commands = parser.add_subparsers(dest='subcommand', metavar='run | show | speed', required=True)
-    add_run_options(commands.add_parser('run', help='compare scripts by new runs', epilog=EXAMPLES))
-    add_show_options(commands.add_parser('show', help='table, comparison and figures of logs'))
-    commands.add_parser('speed', help='how fast the parts of the scripts are', add_help=False)
-    return parser
-
-
-def check_limits(options: dict):
-    """Raises UserError for a number out of range."""
-    for name, (low, high) in LIMITS.items():
-        value = options.get(name)
-        if value is not None and not low <= value <= high:
-            option = name.replace('_', '-')
-            raise UserError(f'--{option} {value}: it must be from {low} to {high}')
-    target = options.get('target')
-    if target is not None and 0 < target <= 1:
-        raise UserError(f'--target {target:g}: it is in percent; did you mean {100 * target:g}?')
+    argparse gives such an option all words up to the next option.
+    """
+    words = []
+    scripts = []
+    in_pairs = False
+    for word in argv:
+        if word.startswith('--'):
+            in_pairs = word in ('--hyp', '--sweep')
+        is_script = '=' in word and ':' in word or word.endswith('.py') or os.path.isfile(word)
+        if in_pairs and is_script and not PAIR.match(word):
+            scripts.append(word)
+        else:
+            words.append(word)
+    return words + scripts
 
 
 # ---------------------------------------- run ----------------------------------------
 
 
 def run_options(given: dict) -> dict:
-    """All options of `run`: those given, else those of the resumed log, else the defaults."""
-    check_limits(given)
+    """Return all options of `run`: those given, else those of the resumed log, else defaults."""
     logged = {}
     if 'resume' in given:
-        experiment = records.read_experiment(given['resume'])
-        logged = experiment['options']
-        for name in FIXED:
-            if name in given and given[name] != logged[name]:
+        logged = records.read_experiment(given['resume'])['options']
+    options = {}
+    for option in RUN_OPTIONS:
+        key = option.key
+        value = logged.get(key, option.default)
+        if key in given:
+            if logged and option.fixed and given[key] != value:
                 raise UserError(
-                    f'--resume: {name.replace("_", " ")} of the log: {one_line(logged[name])}, '
-                    f'now: {one_line(given[name])}; leave it out, or start a new experiment'
+                    f'--resume: {option.name} is {value} in the log, {given[key]} now; '
+                    'leave it out, or start a new experiment'
                 )
-        given = {key: value for key, value in given.items() if key not in FIXED}
-    options = {**DEFAULTS, **logged, **given}
+            value = given[key]
+        options[key] = value
     if not options['scripts']:
-        raise UserError('run needs a script, or --resume DIR')
+        raise UserError('run needs a script, or --resume DIR (python tests/bench run --help)')
     if options['runs'] is None:
         options['runs'] = RUNS_UNTIL_SURE if options['until_sure'] else RUNS
     if options['seed'] is None:
@@ -171,171 +290,144 @@ def run_options(given: dict) -> dict:
 
 
 def title(experiment) -> list[str]:
-    """The lines above the rows."""
+    """Return the lines above the rows."""
+    from bench.compare import counted
     from bench.report import common_lines
 
-    options, facts = experiment.options, experiment.facts
-    count = f'at most {options["runs"]}' if options['until_sure'] else options['runs']
-    arms = len(experiment.arms)
-    what = [f'{arms} arm{"s" if arms > 1 else ""} x {count} runs']
-    what.append(f'seed {options["seed"]}')
-    what.append(
-        f'{one_line(facts["name"])} ({facts["train"]} to train on, {facts["test"]} to test)'
-    )
-    lines = [', '.join(what)]
+    options = experiment.options
+    facts = experiment.data_facts
     names = [arm.name for arm in experiment.arms]
-    return lines + common_lines(options['hyp'], names)
+    most = 'at most ' if options['until_sure'] else ''
+    line = f'{counted(len(names), "arm")} x {most}{counted(options["runs"], "run")}, '
+    line += f'seed {options["seed"]}, {facts["name"]} '
+    line += f'({facts["train"]} to train on, {facts["test"]} to test)'
+    if options['holdout']:
+        line += f', the last {options["holdout"]} training images held out'
+    return [line, *common_lines(options['hyp'], names)]
 
 
 def command_run(given: dict, argv: list[str]) -> int:
-    """`bench run`. Imports torch only now, so that --help and `show` start at once."""
-    from bench import runner
+    """Make an experiment. Returns the exit status."""
+    # Imported here, as scipy and rich take a second, so that --help starts at once.
+    from bench.display import make_display
     from bench.job import Job
-    from bench.progress import make_display
     from bench.report import QuietConsole, print_report
+    from bench.runner import Experiment
 
     options = {**run_options(given), 'command': argv}
-    job, experiment, console = Job(), None, None
+    job = Job()
+    console = QuietConsole() if job.rank == 0 else None
+    experiment = Experiment(options, job)
+    status = 0
+    message = None
     try:
-        if job.rank == 0:
-            console = QuietConsole()
-        options['seed'] = job.share(options['seed'])
-        experiment = runner.prepare(options, job)
+        experiment.prepare()
         names = [arm.name for arm in experiment.arms]
         total = len(names) * options['runs']
-        display = make_display(console, names, total, experiment.runs)
-        try:
-            for line in title(experiment):
-                display.line(line)
-            work = runner.Runner(experiment, job, display)
-            work.make_runs()
-        finally:
-            display.close()
-    except BrokenPipeError:
-        console = None
-        raise
-    except KeyboardInterrupt:
-        if experiment is not None:
-            experiment.read_again()
-        raise KeyboardInterrupt(stopped_line(experiment) if job.rank == 0 else '') from None
+        experiment.display = make_display(console, names, total, experiment.runs)
+        for line in title(experiment):
+            experiment.display.line(line)
+        experiment.open_log()
+        experiment.make_runs()
     except UserError as error:
-        if experiment is not None:
-            keep_details(experiment, error, job.rank)
-            error.status = 1 if experiment.runs or experiment.unlogged else 2
-        raise
+        message = str(error)
+        status = 1
+        if isinstance(error, ScriptError):
+            message += experiment.keep_traceback(error)
+    except KeyboardInterrupt as stop:
+        status = 128 + stop.args[0]
     finally:
-        if experiment is not None:
-            finish(experiment, console, job, print_report)
-    return 0
-
-
-def stopped_line(experiment) -> str:
-    """What is said of an experiment that a signal ended."""
-    runs = [*experiment.runs, *experiment.unlogged] if experiment else []
-    line = f'stopped after {len(runs)} finished runs'
-    if not runs:
-        return line
-    return f'{line}; `python tests/bench run --resume {one_line(experiment.folder)}` goes on'
-
-
-def keep_details(experiment, error: UserError, rank: int):
-    """Writes the traceback of a script's bug beside the log."""
-    if isinstance(error, ScriptError):
-        name = f'error-{rank}.txt'
-        records.write_file(experiment.folder, name, error.details.encode(errors='replace'))
-        error.args = (f'{error}; the traceback is in {os.path.join(experiment.folder, name)}',)
-
-
-def finish(experiment, console, job, print_report):
-    """The report of what there is; an experiment without a run leaves no folder."""
+        experiment.close()
     experiment.read_again()
-    if experiment.runs or experiment.unlogged:
-        if console is not None:
-            console.print('')
-            print_report(console, experiment.results())
-    elif (
-        job.world == 1
-        and not experiment.resumed
-        and not list(Path(experiment.folder).glob('error-*'))
-    ):
-        shutil.rmtree(experiment.folder, ignore_errors=True)
+    finished = [*experiment.runs, *experiment.unlogged]
+    if status == 1 and not finished:
+        status = 2
+    if status > 2 and job.rank == 0:
+        message = f'stopped after {len(finished)} finished runs'
+        if finished:
+            message += f'; `python tests/bench run --resume {experiment.folder}` goes on'
+    if finished and console is not None:
+        console.print('')
+        print_report(console, experiment.results())
+    if not finished:
+        experiment.remove_empty_log()
+    if message is not None:
+        print_error(message)
+    return status
 
 
 # ---------------------------------------- show ----------------------------------------
 
 
-def results_of(logs: list[str], options: dict):
-    """The runs of logs, judged as their experiment was unless the options say otherwise."""
-    from bench import report
-
-    log = records.read(logs)
-    logged = log.experiment['options'] if log.experiment else {}
-    arms = records.by_arm(log.runs)
-    if not arms:
-        raise UserError(f'{", ".join(map(one_line, logs))}: no finished run yet')
-    return report.Results(
-        report.put_reference_first(arms, options.get('reference')),
-        target=options.get('target', logged.get('target', DEFAULTS['target'])),
-        margin=options.get('margin', logged.get('margin')),
-        until_sure=logged.get('until_sure') if 'reference' not in options else None,
-        planned=logged.get('runs', 0),
-        searched=bool(logged.get('sweep')),
-        with_clocks=not options.get('no_clock'),
-        common=log.common,
-        notes=log.notes,
-        folders=logs,
-    )
-
-
 def command_show(given: dict) -> int:
-    """`bench show`."""
+    """Print the report of logs, and draw a figure. Returns the exit status."""
     from bench import report
 
-    check_limits(given)
+    if not given.get('logs'):
+        raise UserError('show needs a log folder (python tests/bench show --help)')
+    panels = None
     if 'plot' in given:
         from bench import plot  # matplotlib takes a second
 
         plot.check_suffix(given['plot'])
-    results = results_of(given['logs'], given)
+        if 'panels' in given:
+            panels = plot.panel_names(given['panels'])
+    elif 'panels' in given:
+        raise UserError('--panels are those of --plot FILE')
+    results = report.results_of(given['logs'], given)
     try:
         report.print_report(report.QuietConsole(), results)
     finally:  # also where `| head` has closed the pipe
         if 'plot' in given:
             with records.disk_errors(given['plot']):
-                plot.figure(results.arms, results.target).savefig(given['plot'], dpi=200)
+                figure = plot.figure(results.arms, target=results.target, panels=panels)
+                figure.savefig(given['plot'], dpi=150)
     return 0
 
 
 # ---------------------------------------- main ----------------------------------------
 
 
+def print_error(message: str):
+    """Print a message for the user, without control characters that names may have."""
+    shown = (char if char.isprintable() or char == '\n' else ' ' for char in message)
+    print(f'bench: {"".join(shown)}', file=sys.stderr)
+
+
 def dispatch(argv: list[str]) -> int:
-    if argv[:1] == ['speed']:
+    """Run a command. Returns the exit status."""
+    command = argv[0] if argv else ''
+    rest = argv[1:]
+    if command == 'run':
+        parser = Parser('run', RUN_OPTIONS, EXAMPLES)
+        return command_run(parser.given(sort_pairs(rest)), argv)
+    if command == 'show':
+        return command_show(Parser('show', SHOW_OPTIONS).given(rest))
+    if command == 'speed':
         from bench import speed
 
-        return speed.main(argv[1:]) or 0
-    given = vars(make_parser().parse_args(argv))
-    if given.pop('subcommand') == 'show':
-        return command_show(given)
-    return command_run(given, argv)
+        return speed.command_speed(Parser('speed', speed.OPTIONS).given(rest))
+    if command in ('-h', '--help'):
+        print(f'{DESCRIPTION}\n{EXAMPLES}')
+        return 0
+    raise UserError(f'{command or "no command"}: there are run, show and speed (--help)')
 
 
 def main(argv: list[str] | None = None) -> int:
-    """The command line. Returns the exit status: 0, 1 and 2 (errors), 130 and 143 (signals)."""
+    """Run the command line. Returns the exit status: 0, 1 or 2 (errors), 130 or 143 (signals)."""
     argv = sys.argv[1:] if argv is None else argv
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, 'reconfigure'):
             stream.reconfigure(errors='replace')  # a name may hold what the terminal cannot show
-    with stopping_signals() as signals:
+    with stopping_signals():
         try:
             return dispatch(argv)
         except UserError as error:
-            print(f'bench: {error}', file=sys.stderr)
-            return error.status
+            print_error(str(error))
+            return 2
         except KeyboardInterrupt as stop:
-            if str(stop) or argv[:1] != ['run']:  # one process of several speaks
-                print(f'bench: {str(stop) or "stopped"}', file=sys.stderr)
-            return 128 + (signals[0] if signals else 2)
+            print_error('stopped')
+            return 128 + stop.args[0]
         except BrokenPipeError:  # `| head`; the interpreter must not write to it again at its end
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             return 1

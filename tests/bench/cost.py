@@ -1,94 +1,69 @@
-"""The cost of a recipe: FLOP of a run, which are the same on every machine."""
+"""Cost of a recipe: the FLOP of a run, which are the same on every machine."""
 
 import math
 
-import numpy as np
-import torch
-from torch.utils.flop_counter import FlopCounterMode
+from bench import contract
+from bench.contract import BATCH_SIZE, TRAIN_EPOCHS, Script
+from bench.errors import UserError
 
-from bench.arms import Arm
-
-TRAIN_IMAGES = 4
-TEST_IMAGES = 2
+TEST_IMAGES = 100  # so that a share of them is exact to a percent
 
 
-def first_images(
-    data: dict, train: int, test: int, device: str | torch.device | None = None
-) -> dict:
-    """The data with its first images and labels only."""
-    counts = {'train': train, 'test': test}
-    part = {}
-    for split, content in data.items():
-        part[split] = {
-            key: value[: counts[split]].to(device or value.device)
-            if torch.is_tensor(value)
-            else value
-            for key, value in content.items()
-        }
-    return part
+def count_epochs(
+    script: Script, hyp: dict, data: dict, train: int, batch_size: int, test: int
+) -> list[int]:
+    """Return the FLOP of each epoch of a short run on the CPU, and of its final evaluation.
 
+    train, test: how many images it trains on and is tested on.
+    """
+    from torch.utils.flop_counter import FlopCounterMode
 
-def count_epochs(arm: Arm, part: dict, batch_size: int, n_epochs: int, **changes) -> list[int]:
-    """FLOP of a run on the CPU up to the end of each epoch, and up to its own end."""
+    part = contract.first_images(data, train, test)
     marks = [0]
-    changes |= {'opt.batch_size': batch_size, 'opt.train_epochs': n_epochs}
     with FlopCounterMode(display=False) as counter:
-        arm.script.module.train(
+        script.train(
             part,
             0,
-            hyp=arm.nested_hyp(**changes),
-            device=torch.device('cpu'),
+            {**hyp, BATCH_SIZE: batch_size},
+            contract.cpu(),
             quiet=True,
             on_epoch=lambda row: marks.append(counter.get_total_flops()),
         )
         marks.append(counter.get_total_flops())
-    return marks
+    if len(marks) != hyp[TRAIN_EPOCHS] + 2:
+        raise UserError('on_epoch was not called after every epoch')
+    return [after - before for before, after in zip(marks, marks[1:], strict=False)]
 
 
-def count_parts(arm: Arm, data: dict, n_epochs: int) -> tuple[list[int], float] | None:
-    """FLOP of training on one image in each epoch, and of evaluating one; None if not to be had.
+def run_flop(script: Script, hyp: dict, data: dict) -> int:
+    """Return the FLOP of the training steps and the final evaluation of a run.
 
-    FlopCounterMode counts two short runs over the same 4 training images: with two steps of 2
-    images in each epoch, and with one step of 3 (the fourth is dropped). Everything but the steps
-    is equal in both, so the difference of an epoch is the cost of training on one image. What the
-    last part has more than that is the evaluation.
+    FlopCounterMode counts three short runs: in each epoch two steps of 2 images, one of 4 and one
+    of 3. All else in an epoch is the same, so the differences are the FLOP of a step by itself
+    (of an optimizer with matrix products) and of an image in a step. The evaluation comes after
+    the last epoch, and is scaled from a few images to all.
+
+    data: those of the real run, on the CPU. Raises UserError where a script cannot be counted.
     """
-    part = first_images(data, TRAIN_IMAGES, TEST_IMAGES, 'cpu')
-    four, three = (count_epochs(arm, part, size, n_epochs) for size in (2, 3))
-    # on_epoch may be left out after the last epoch, which then shares its part with the evaluation.
-    if not len(four) == len(three) in (n_epochs + 1, n_epochs + 2):
-        return None
-    per_image = (np.diff(four) - np.diff(three)).tolist()
-    evaluation = four[-1] - four[-2] - TRAIN_IMAGES * per_image[-1]
-    share = arm.hyp.get('net.tta_share', 1.0)
-    if share < 1:  # the images that get TTA, in whole batches: of 2 images both
-        without = count_epochs(arm, part, 3, n_epochs, **{'net.tta_share': 1.0})
-        all_tta = without[-1] - without[-2] - (TRAIN_IMAGES - 1) * per_image[-1]
-        evaluation -= (1 - share) * all_tta
-    return per_image[:n_epochs], evaluation / TEST_IMAGES
+    if BATCH_SIZE not in hyp or TRAIN_EPOCHS not in hyp:
+        raise UserError(f'hyp has no {BATCH_SIZE} or no {TRAIN_EPOCHS}')
+    batch_size = hyp[BATCH_SIZE]
+    epochs = hyp[TRAIN_EPOCHS]
+    whole_epochs = {**hyp, TRAIN_EPOCHS: type(epochs)(math.ceil(epochs))}
+    train = len(data['train']['labels'])
+    test = len(data['test']['labels'])
+    test_images = min(TEST_IMAGES, test)
+    *two_steps, evaluation = count_epochs(script, whole_epochs, data, 4, 2, test_images)
+    *one_step, _ = count_epochs(script, whole_epochs, data, 4, 4, 1)
+    *fewer_images, _ = count_epochs(script, whole_epochs, data, 3, 3, 1)
 
-
-def run_flop(arm: Arm, train: int, test: int, data: dict) -> int | None:
-    """FLOP of all training steps and the final evaluation of a run on `train` and `test` images.
-
-    None where a script does not train as `count_parts` needs it.
-    """
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # on so few images a second thread costs more than it brings
-    try:
-        batch_size, epochs = arm.hyp['opt.batch_size'], arm.hyp['opt.train_epochs']
-        n_epochs = max(2, math.ceil(epochs))  # whole ones, and the first is not the last
-        parts = count_parts(arm, data, n_epochs)
-    except (Exception, SystemExit):  # an error that matters comes again in the warm-up
-        return None
-    finally:
-        torch.set_num_threads(threads)
-    if parts is None or sum(parts[0]) == 0:
-        return None
     steps_per_epoch = train // batch_size
-    steps_left, total = math.ceil(steps_per_epoch * epochs), test * parts[1]
-    for flop in parts[0]:
+    steps_left = math.ceil(steps_per_epoch * epochs)
+    total = evaluation * test / test_images
+    for two, one, fewer in zip(two_steps, one_step, fewer_images, strict=True):
         steps = min(steps_per_epoch, steps_left)
         steps_left -= steps
-        total += steps * batch_size * flop
+        total += steps * ((two - one) + batch_size * (one - fewer))
+    if total == 0:
+        raise UserError('torch counted no FLOP')
     return round(total)

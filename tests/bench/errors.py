@@ -1,4 +1,4 @@
-"""What ends the tool early: errors that the user can mend, and signals."""
+"""Errors for the user, and the signals that stop the tool."""
 
 import contextlib
 import signal
@@ -6,49 +6,48 @@ import traceback
 
 
 class UserError(Exception):
-    """A message of one line for the user. `status` is 2 before the first run, 1 later."""
-
-    status = 2
+    """An error that the user can fix, or should know of; printed without a traceback."""
 
 
 class ScriptError(UserError):
     """A script failed in its own code; `details` is the traceback."""
 
-    details = ''
+    def __init__(self, message: str, details: str):
+        super().__init__(message)
+        self.details = details
 
 
 def one_line(text: object) -> str:
-    """The text without line breaks and control characters."""
+    """Return the text without line breaks and control characters."""
     printable = (char if char.isprintable() else ' ' for char in str(text))
     return ' '.join(''.join(printable).split())
 
 
 def describe(error: BaseException, path: str) -> str:
-    """The type and message of an exception, with the line of the script where it arose."""
-    frames = [
-        frame for frame in traceback.extract_tb(error.__traceback__) if frame.filename == path
-    ]
-    place = f' (line {frames[-1].lineno})' if frames else ''
-    return f'{type(error).__name__}: {one_line(error)}{place}'
+    """Return an exception's type and message, and the line of the script where it arose."""
+    place = ''
+    for frame in traceback.extract_tb(error.__traceback__):
+        if frame.filename == path:
+            place = f' (line {frame.lineno})'
+    return f'{type(error).__name__}: {error}{place}'
 
 
 @contextlib.contextmanager
 def stopping_signals():
-    """Within it SIGTERM interrupts as Ctrl-C does; after the first signal more are ignored.
+    """Let SIGTERM interrupt as Ctrl-C does. After the first signal further ones are ignored.
 
-    Yields a list that gets the number of the signal: a script may replace the exception by its own.
+    The KeyboardInterrupt has the number of the signal as its argument.
     """
-    received, numbers = [], (signal.SIGINT, signal.SIGTERM)
+    numbers = (signal.SIGINT, signal.SIGTERM)
 
     def stop(number, _):
         for each in numbers:
             signal.signal(each, signal.SIG_IGN)
-        received.append(number)
-        raise KeyboardInterrupt
+        raise KeyboardInterrupt(number)
 
     previous = {number: signal.signal(number, stop) for number in numbers}
     try:
-        yield received
+        yield
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
