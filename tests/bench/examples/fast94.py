@@ -1052,7 +1052,8 @@ def trial_row(name: str, runs: list[dict], n_trials: int = 1) -> str:
     """Return a row of the table: of one trial, or the average of several."""
     n = len(runs)
     percent = np.array([100 * run['tta_acc'] for run in runs])
-    minutes, seconds = divmod(sum(run['wall_seconds'] for run in runs) / n_trials, 60)
+    wall_seconds = sum(run['wall_seconds'] for run in runs) / n_trials
+    minutes, seconds = divmod(round(wall_seconds, 3), 60)
     runtime = f'{minutes:.0f}m {seconds:06.3f}s'
     time_per_run = f'{np.mean([run["clock_seconds"] for run in runs]):.3f}s'
     accuracy = f'{percent.mean():.2f}%'
