@@ -244,7 +244,7 @@ def draw_costs(axes, arms: dict, looks: dict):
         cost = flop(runs) / reference
         axes.errorbar(cost, average.value, yerr=half, ms=4, capsize=2.5, **style)
     axes.margins(x=0.16, y=0.08)
-    axes.set_xlabel(f'cost: FLOP of a run, as a share of those of {next(iter(arms))}')
+    axes.set_xlabel(f'cost: FLOP of a run, relative to {next(iter(arms))}')
     axes.set_ylabel('TTA accuracy (%)')
     axes.grid(alpha=0.3)
     axes.set_title('Mean accuracy and 95% interval against cost')

@@ -164,6 +164,11 @@ def digits_of(seconds: float) -> int:
     return 2 if seconds < 100 else 1
 
 
+def points_text(difference: stats.Estimate) -> str:
+    """Return '-1.11 points (-1.20 to -1.02)'."""
+    return f'{difference.value:+.2f} points ({difference.low:+.2f} to {difference.high:+.2f})'
+
+
 def p_text(p: float) -> str:
     return 'p < 0.001' if p < 0.001 else f'p = {p:.3f}'
 
@@ -173,8 +178,15 @@ def whole(name: str) -> str:
     return name.replace(' ', '\u00a0')
 
 
-def wrapped(text: str, width: int) -> str:
-    lines = textwrap.wrap(text, width, break_long_words=False, break_on_hyphens=False)
+def wrapped(text: str, width: int, indent: str = '') -> str:
+    lines = textwrap.wrap(
+        text,
+        width,
+        initial_indent=indent,
+        subsequent_indent=indent,
+        break_long_words=False,
+        break_on_hyphens=False,
+    )
     return '\n'.join(lines).replace('\u00a0', ' ')
 
 
@@ -238,7 +250,7 @@ def legend_line(results: Results, columns: dict[str, list[str]]) -> str:
     if results.with_times:
         text += ' Time: training time.'
     if 'Cost' in columns:
-        text += f' Cost: FLOP of a run, as a share of those of {whole(results.reference)}.'
+        text += f' Cost: FLOP of a run, relative to {whole(results.reference)}.'
     nothing = []
     if 'Diverged' not in columns:
         nothing.append('No run diverged.')
@@ -338,15 +350,14 @@ def margin_clause(comparison: Comparison, margin: float) -> str:
 
 def numbers_line(one: Judged, with_times: bool) -> str:
     """Return the difference, the ratio of training times and that of costs."""
-    difference = one.difference
-    text = f'{difference.value:+.2f} points ({difference.low:+.2f} to {difference.high:+.2f})'
+    parts = [points_text(one.difference)]
     if with_times and one.comparison.same_device:
         ratio = one.comparison.time_ratio()
-        text += f', time x {ratio.value:.3f} ({ratio.low:.3f} to {ratio.high:.3f})'
+        parts.append(f'time x {ratio.value:.3f} ({ratio.low:.3f} to {ratio.high:.3f})')
     cost = one.comparison.cost_ratio
     if cost is not None:
-        text += f', cost x {cost:.3f}'
-    return text
+        parts.append(f'cost x {cost:.3f}')
+    return ', '.join(map(whole, parts))
 
 
 def diverged_clause(comparison: Comparison) -> tuple[str, str]:
@@ -361,8 +372,7 @@ def diverged_clause(comparison: Comparison) -> tuple[str, str]:
         return clause, ''
     difference = rest.difference()
     it = 'it' if len(bad) == 1 else 'them'
-    numbers = f'{difference.value:+.2f} points ({difference.low:+.2f} to {difference.high:+.2f})'
-    return clause, f'without {it}: {numbers}, {rest.n_text}'
+    return clause, f'without {it}: {whole(points_text(difference))}, {whole(rest.n_text)}'
 
 
 def comparison_lines(results: Results, width: int) -> list[str]:
@@ -391,9 +401,9 @@ def comparison_lines(results: Results, width: int) -> list[str]:
         if results.margin is not None:
             sentence += '; ' + margin_clause(one.comparison, results.margin)
         lines.append(wrapped(sentence, width))
-        lines.append(f'    {numbers_line(one, results.with_times)}')
+        lines.append(wrapped(numbers_line(one, results.with_times), width, '    '))
         if rest:
-            lines.append(f'    {rest}')
+            lines.append(wrapped(rest, width, '    '))
     return lines + [wrapped(line, width) for line in method_lines(results, judged)]
 
 
