@@ -193,6 +193,8 @@ def read_split(path: pathlib.Path) -> dict:
     if labels.shape != (len(images),) or labels.is_floating_point() or labels.is_complex():
         found = f'{labels.dtype} {list(labels.shape)}'
         raise UserError(f'{path}: labels must be integers [{len(images)}], but are {found}')
+    if not isinstance(content['classes'], (list, tuple)):
+        raise UserError(f'{path}: classes must be a list of names')
     classes = [str(name) for name in content['classes']]
     if labels.min() < 0 or labels.max() >= len(classes):
         raise UserError(f'{path}: labels must be from 0 to {len(classes) - 1}, as for its classes')
@@ -211,7 +213,7 @@ def make_files(folder: pathlib.Path):
     archive = folder / CIFAR10.filename
     extracted = folder / CIFAR10.base_folder
     ours = {archive.name, extracted.name, 'train.pt', 'test.pt'}
-    if archive.exists() and not check_integrity(archive, CIFAR10.tgz_md5):
+    if os.path.exists(archive) and not check_integrity(archive, CIFAR10.tgz_md5):
         size = archive.stat().st_size
         raise UserError(f'{archive} is not CIFAR-10 (its MD5 differs; {size:,} bytes): remove it')
     try:
@@ -224,11 +226,11 @@ def make_files(folder: pathlib.Path):
                 )
         with tempfile.TemporaryDirectory(prefix='.download-', dir=folder) as temporary:
             root = temporary
-            if archive.exists() or extracted.exists():
+            if os.path.exists(archive) or os.path.exists(extracted):
                 root = folder
             else:
                 print(f'Downloading CIFAR-10 (170 MB) into {folder}', flush=True)
-            download = archive.exists() or not extracted.exists()
+            download = os.path.exists(archive) or not os.path.exists(extracted)
             for name in ('test.pt', 'train.pt'):
                 split = CIFAR10(root, train=name == 'train.pt', download=download)
                 content = {
@@ -242,7 +244,7 @@ def make_files(folder: pathlib.Path):
                 pathlib.Path(temporary, name).replace(folder / name)
     except UserError:
         raise
-    except (OSError, RuntimeError, EOFError) as error:  # network, disk, and what torchvision raises
+    except Exception as error:  # network, disk, and whatever torchvision raises
         reason = str(error).split('\n')[0]
         raise UserError(
             f'no CIFAR-10 in {folder}: {reason}. Put train.pt and test.pt there, or '
@@ -261,10 +263,10 @@ def load_data(data_dir: str = 'cifar10', device: torch.device | str | None = Non
     folder = pathlib.Path(data_dir).absolute()
     train_file = folder / 'train.pt'
     test_file = folder / 'test.pt'
-    if not train_file.exists() and not test_file.exists():
+    if not os.path.exists(train_file) and not os.path.exists(test_file):
         make_files(folder)
     for file in (train_file, test_file):
-        if not file.exists():
+        if not os.path.exists(file):
             raise UserError(f'{file} is missing; the other half of the data is there')
     data = {'train': read_split(train_file), 'test': read_split(test_file)}
     if data['train']['classes'] != data['test']['classes']:
