@@ -7,12 +7,16 @@ import json
 import math
 import os
 import re
+import shlex
+import shutil
+import subprocess
 from pathlib import Path
 
 import pytest
 from bench import compare, display, records, report
 from bench.errors import UserError
 from bench.records import Run
+from bench_helpers import command, outcomes, result_of, tool, write_fake
 from rich.console import Console
 
 CHECKSUMS = dict.fromkeys(records.CHECKSUMS, 1)
@@ -522,3 +526,101 @@ def test_pairs_need_the_same_data():
     other = make_runs('mine', TWELVE, data={**DATA, 'train_images_crc32': 2})
     assert compare.compare(make_runs('mine', TWELVE), base).pairs
     assert not compare.compare(other, base).pairs
+
+
+# ---------------------------------------- Commands ----------------------------------------
+@pytest.fixture(scope='module')
+def experiment(tmp_path_factory) -> Path:
+    """A folder with fake.py, and in log/ the log of an experiment of two arms x 6 runs."""
+    folder = tmp_path_factory.mktemp('experiment')
+    write_fake(folder)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        words = ['fake.py', 'fake.py:fake.skill=93', '--runs', 6, '--seed', 5]
+        assert tool('run', *words)[0] == 0
+        (log,) = Path('logs').iterdir()
+        log.rename('log')
+    return folder
+
+
+@pytest.fixture
+def log(experiment, tmp_path, monkeypatch) -> Path:
+    """A copy of the log of `experiment`, beside fake.py in the current folder."""
+    shutil.copytree(experiment, tmp_path, dirs_exist_ok=True)
+    monkeypatch.chdir(tmp_path)
+    return Path('log')
+
+
+def test_a_line_of_the_tool_is_complete_in_itself(log):
+    line = json.loads((log / 'runs.jsonl').read_text().splitlines()[0])
+    wanted = 'arm script sha256 hyp compile run base_seed seed data device torch dtype epochs'
+    wanted += ' tta_acc clock_seconds wall_seconds warmup_seconds peak_bytes flop'
+    assert set(wanted.split()) <= line.keys()
+    assert set(records.CHECKSUMS) <= line['data'].keys()
+    assert records.decode((log / 'code-0-fake.py').read_bytes()) == Path('fake.py').read_text()
+
+
+def test_show_prints_a_report_and_draws_a_figure(log):
+    label = 'fake fake.skill=93=mine'
+    status, out, err = tool(
+        'show', log, '--plot', 'a.png', '--label', label, '--panels', 'accuracy', '--no-time'
+    )
+    assert (status, err) == (0, '')
+    assert 'mine is worse than fake by' in out and 'Time/run' not in out
+    assert Path('a.png').stat().st_size > 1000
+
+
+@pytest.mark.parametrize(
+    'words, message',
+    [
+        ('--plot a.xyz', 'its suffix must be one of'),
+        ('--plot none/a.png', 'cannot write none/a.png'),
+        ('--plot a.png --panels x', '--panels x: there are'),
+        ('--plot a.png --panels cost', 'the cost of an arm is not known'),
+        ('--reference x', '--reference x: there are fake'),
+    ],
+)
+def test_a_mistake_in_show_is_one_line(words, message, log):
+    status, _, err = tool('show', log, *words.split())
+    assert status == 2 and message in err and err.count('\n') == 1
+
+
+def test_a_figure_is_written_though_nobody_reads_the_report(log):
+    words = shlex.join(command('show', log, '--plot', 'a.png'))
+    process = subprocess.run(f'{words} | true', shell=True, capture_output=True, text=True)
+    assert process.stderr == '' and Path('a.png').stat().st_size > 1000
+
+
+def test_resume_makes_the_missing_runs_with_the_same_seeds(log):
+    file = log / 'runs.jsonl'
+    whole = result_of(tool('show', log)[1])
+    cut = file.read_bytes().splitlines(keepends=True)
+    file.write_bytes(b''.join(cut[:3] + cut[5:9]) + cut[9][:40])
+    status, out, _ = tool('run', '--resume', log)
+    assert status == 0 and result_of(out) == whole
+    again = tool('run', '--resume', log)[1]  # nothing is missing
+    assert result_of(again) == whole and 'Warm-up 1' not in again
+
+
+def test_options_given_again_win_and_are_kept(log):
+    assert tool('run', '--resume', log, '--runs', 7, '--margin', 2, '--device', 'cpu')[0] == 0
+    assert len(outcomes(log)) == 14
+    assert 'by more than 2 points' in joined(tool('show', log)[1])
+
+
+@pytest.mark.parametrize('words', ['--hyp opt.lr=3', '--seed 0', '--data-dir other'])
+def test_resume_refuses_another_experiment(words, log):
+    before = outcomes(log)
+    status, _, err = tool('run', '--resume', log, *words.split())
+    assert status == 2 and 'in the log' in err and 'new experiment' in err
+    assert outcomes(log) == before
+
+
+def test_resume_refuses_other_code_but_not_other_line_ends(log):
+    script = Path('fake.py')
+    script.write_bytes(script.read_bytes().replace(b'\n', b'\r\n'))
+    assert tool('run', '--resume', log)[0] == 0
+    script.write_text(script.read_text().replace('rng.gauss(3, 0.01)', 'rng.gauss(2, 0.01)'))
+    status, _, err = tool('run', '--resume', log)
+    changed = [line for line in err.splitlines() if 'rng.gauss' in line]
+    assert status == 2 and len(changed) == 2 and 'put back the code in' in err
