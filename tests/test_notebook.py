@@ -1,4 +1,4 @@
-"""A script pasted into one cell of a real Jupyter kernel, and a user's cells after it."""
+"""The scripts pasted into cells of a real Jupyter kernel, and a user's cells after them."""
 
 import asyncio
 import re
@@ -7,21 +7,28 @@ from types import SimpleNamespace
 
 import nbformat
 import pytest
-from conftest import ROOT, environment, runs_in_table
+from conftest import FILES, SCRIPTS, environment, runs_in_table
 from jupyter_client.kernelspec import KernelSpecManager
 from jupyter_client.manager import AsyncKernelManager
 from nbclient import NotebookClient
 
-SMALLER = """hyp['opt'] |= {'batch_size': 64, 'train_epochs': 2.0}
+# The kernel's arguments and a cell's __file__ as in VS Code's interactive window.
+VS_CODE = f"""import sys
+sys.path[:0] = {[str(path.parent) for path in FILES.values()]!r}
+sys.argv[1:] = ['--f=/run/kernel.json']
+__file__ = '/home/user/cell.py'
+"""
+SMALLER = """hyp['opt']['batch_size'] = 64
+hyp['opt']['train_epochs'] = 1.0
 hyp['net']['widths'] = dict.fromkeys(hyp['net']['widths'], 8)
 
 
 """
-FINISHED_RUN = re.compile(r'\n +1 +1 +2 .*%.*%.*%')  # the row that ends run 1 of trial 1
+FINISHED_RUN = re.compile(r'\n +1 +1 +end .*%.*%.*%')  # the row that ends run 1 of trial 1
 
 
 class Client(NotebookClient):
-    """Interrupts the kernel when a cell's output matches `interrupt`."""
+    """Interrupt the kernel when a cell's output matches `interrupt`."""
 
     interrupt = None
 
@@ -44,8 +51,10 @@ def text_of(cell, stream='stdout'):
 
 @pytest.fixture(scope='module')
 def notebook(data_dir, tmp_path_factory):
-    """A kernel in which a script was the first cell, made smaller: five runs of a second.
-    run(source, interrupt=None): runs a cell; its out, err, errors and result (as text)."""
+    """Start a kernel. Returns its folder and run(source, interrupt=None).
+
+    run gives a cell's out, err, errors and result (as text).
+    """
     settings, folder = tmp_path_factory.mktemp('ipython'), tmp_path_factory.mktemp('notebook')
     shutil.copytree(data_dir, folder / 'cifar10')
     book = nbformat.v4.new_notebook()
@@ -63,44 +72,50 @@ def notebook(data_dir, tmp_path_factory):
         out, err = text_of(cell), text_of(cell, 'stderr')
         return SimpleNamespace(out=out, err=err, errors=errors, result=result)
 
-    body, mark, end = (ROOT / 'airbench94_modified.py').read_text().partition('if __name__')
-    source = body + SMALLER + mark + end
     env = environment(IPYTHONDIR=str(settings))
     with client.setup_kernel(cleanup_kc=True, cwd=str(folder), env=env):
-        yield SimpleNamespace(run=run, folder=folder, source=source, first=run(source))
+        run(VS_CODE)
+        yield SimpleNamespace(run=run, folder=folder)
+
+
+def pasted(name):
+    """Return the source of a script, made smaller."""
+    body, mark, end = FILES[name].read_text().partition('if __name__')
+    return body + SMALLER + mark + end
 
 
 def code_of(notebook, out):
     return (notebook.folder / re.search(r'^Log: (.*)$', out, re.M)[1] / 'code.py').read_text()
 
 
-def test_pasted_cell_makes_five_runs_and_logs_itself(notebook):
-    first = notebook.first
-    assert not first.errors and not first.err and first.out.startswith('airbench94_modified')
+@pytest.mark.parametrize('name', SCRIPTS)
+def test_a_pasted_script_makes_five_runs_and_the_next_cell_one(name, notebook):
+    """code.py has every cell that ran."""
+    source = pasted(name)
+    first = notebook.run(source)
+    assert not first.errors and not first.err and first.out.startswith(f'{name} on ')
     assert FINISHED_RUN.search(first.out) and runs_in_table(first.out) == 5
-    assert code_of(notebook, first.out) == notebook.source.rstrip()  # as IPython keeps it
-
-
-def test_later_cells_are_in_the_log_and_in_the_training(notebook):
-    """A convolution is redefined, then main is called: code.py holds every cell that ran."""
-    edit = 'class Conv(Conv):\n    pass'
-    call = "main(['--trials', '1', '--seed', '1', '--hyp', 'opt.lr=10'])"
-    assert not notebook.run(edit).errors
+    call = "runs = main(['--trials', '1', '--quiet', '--hyp', 'opt.lr=7'])"
     later = notebook.run(call)
     assert not later.errors and runs_in_table(later.out) == 1
     code = code_of(notebook, later.out)
-    cells = [code.index(cell) for cell in (notebook.source.rstrip(), edit, call)]
-    assert cells == sorted(cells)
+    assert code.endswith(f'{source.rstrip()}\n\n# %%\n{call}')  # as IPython keeps it
     compile(code, 'code.py', 'exec')
-    assert '\n' not in later.result and len(later.result) < 80  # no dump of all records
-    assert notebook.run("hyp['opt']['lr']").result != '10.0'
+    assert notebook.run("hyp['opt']['lr'] == 7, len(runs)").result == '(False, 1)'
 
 
-def test_main_raises_nothing_on_an_error_or_for_help(notebook):
-    wrong, shown = notebook.run("main(['--hyp', 'opt.lr=x']);"), notebook.run("main(['--help']);")
+def test_a_script_that_is_imported_runs_and_logs_its_own_source(notebook):
+    call = "import airbench94_modified as script\nruns = script.main('--trials 1 --quiet"
+    widths = ' '.join(f'net.widths.block{i}=8' for i in (1, 2, 3))
+    cell = notebook.run(f"{call} --hyp opt.batch_size=64 opt.train_epochs=1 {widths}')")
+    assert not cell.errors and runs_in_table(cell.out) == 1
+    assert code_of(notebook, cell.out) == FILES['airbench94_modified'].read_text()
+
+
+def test_main_raises_nothing_on_a_mistake(notebook):
+    wrong = notebook.run("main(['--hyp', 'opt.lr=x']);")
     assert not wrong.errors and not wrong.out
     assert wrong.err.count('\n') == 1 and 'opt.lr=x' in wrong.err
-    assert not shown.errors and not shown.err and '--trials' in shown.out
 
 
 def test_interrupt_prints_the_table_and_one_line_and_the_kernel_lives(notebook):
@@ -117,7 +132,8 @@ def on_epoch(row):
     if row['epoch'] == 3:
         print('begun', flush=True)
 
-data, endless = load_data('cifar10', 'cpu'), changed_hyp(['opt.train_epochs=1e7'])
+data = load_data('cifar10', 'cpu')
+endless = changed_hyp(['opt.train_epochs=1e6'])
 train(data, 1, endless, quiet=True, on_epoch=on_epoch)"""
     (error,) = notebook.run(source, interrupt=re.compile('begun')).errors
     assert error.ename == 'KeyboardInterrupt'
