@@ -3,12 +3,14 @@
 import contextlib
 import io
 import json
+import os
 import re
 import sys
 from pathlib import Path
 
 from bench import cli
 
+os.environ.setdefault('OMP_NUM_THREADS', '1')  # of the arms' processes, so that results repeat
 BENCH = Path(__file__).resolve().parent / 'bench'
 
 
@@ -62,13 +64,14 @@ def outcomes(log: Path) -> list[tuple]:
 def result_of(out: str) -> tuple[str, list]:
     """What the same runs give, however they were made: the report down to its method, and the runs
     in the log that it names."""
-    report = f'\n{out}'.split('\nArm ')[1].split('\ncpu (')[0]
-    return report, outcomes(Path(out.rpartition('\nLog: ')[2].strip()))
+    report = f'\n{out}'.split('\nArm ')[1].split('\ncpu\n')[0]
+    log = re.findall(r'^Log: (.*)$', out, re.M)[-1]
+    return report, outcomes(Path(log))
 
 
 def rows(out: str) -> list[tuple]:
     """(turn, accuracy in percent) of each row of a finished run, above the report."""
-    found = re.findall(r'^ *(\d+)  .* (\d+\.\d\d)%', out.split('\nArm ')[0], re.M)
+    found = re.findall(r'^ *(\d+)  +(\d+\.\d\d)%  ', out.split('\nArm ')[0], re.M)
     return [(int(turn), accuracy) for turn, accuracy in found]
 
 

@@ -1,9 +1,21 @@
 """Arms: what is made of the command line's scripts and values, and what is refused in one line."""
 
+import hashlib
+
 import pytest
-from bench.arms import flat, make_arms
+from bench import records
+from bench.arms import make_arms
+from bench.contract import load_script
 from bench.errors import UserError
 from bench_helpers import write_fake
+
+
+def facts(path):
+    return load_script(path).facts()
+
+
+def arms_of(specs, common=(), sweeps=()):
+    return make_arms(specs, list(common), list(sweeps), facts)
 
 
 @pytest.fixture
@@ -11,62 +23,79 @@ def fake(tmp_path):
     return str(write_fake(tmp_path))
 
 
-def only(specs, common=()):
-    """The one arm of a command line."""
-    (arm,) = make_arms([specs], list(common), [])
-    return arm
-
-
-def refusal(spec):
+def refusal(spec, **options):
     """The message for a script or value that is refused."""
     with pytest.raises(UserError) as error:
-        make_arms([spec], [], [])
-    assert '\n' not in str(error.value)
+        arms_of([spec], **options)
     return str(error.value)
 
 
 def test_value_has_the_type_of_the_present_one(fake):
     texts = ['opt.lr=3', 'opt.batch_size=12', 'aug.flip=False', 'fake.word=a=b']
     texts += ['fake.list=[1,2,3]', 'net.widths.block1=16']
-    keys, values = [text.split('=')[0] for text in texts], [3.0, 12, False, 'a=b', [1, 2, 3], 16]
-    for arm in (only(f'{fake}:{",".join(texts)}'), only(fake, common=texts)):
+    keys = [text.split('=')[0] for text in texts]
+    values = [3.0, 12, False, 'a=b', [1, 2, 3], 16]
+    script = load_script(fake)
+    for arm in (*arms_of([f'{fake}:{",".join(texts)}']), *arms_of([fake], common=texts)):
         assert repr([arm.hyp[key] for key in keys]) == repr(values)  # 3 is not 3.0
-        assert flat(arm.nested_hyp()) == arm.hyp
-        own = flat(arm.script.module.hyp)
-        assert not any(own[key] == arm.hyp[key] for key in keys)
+        assert records.flat(script.nested(arm.hyp)) == arm.hyp
+    own = records.flat(script.module.hyp)
+    assert not any(own[key] == value for key, value in zip(keys, values, strict=True))
 
 
-BAD_VALUES = [('opt.batch_size=1.5', 'a whole number'), ('opt.lr=nan', 'a number')]
-BAD_VALUES += [('aug.flip=maybe', 'true or false'), ('fake.list=[1', 'a list like')]
-BAD_VALUES += [('fake.list=[1.5]', 'a list like'), ('fake.list=3', 'a list like')]
-BAD_VALUES += [('lr=3', 'did you mean opt.lr?'), ('zzz=3', 'there are opt.train_epochs')]
-BAD_VALUES += [('opt.batchsize=3', 'did you mean opt.batch_size?'), ('opt.lr', 'KEY=VALUE')]
-BAD_VALUES += [('recipe=slow', 'report, fast'), ('compile=true', 'no make_net and compile_net')]
+BAD_VALUES = [
+    ('opt.batch_size=1.5', 'opt.batch_size=1.5: it must be a whole number'),
+    ('opt.lr=nan', 'a number'),
+    ('aug.flip=maybe', 'true or false'),
+    ('fake.list=[1', 'a list like'),
+    ('fake.list=[1.5]', 'a list like'),
+    ('fake.list=3', 'a list like'),
+    ('opt.learning_rate=3', 'no opt.learning_rate; opt has train_epochs, batch_size, lr'),
+    ('net.widhts.block1=3', 'no net.widhts.block1; net has widths.block1'),
+    ('lr=3', 'no lr; there are opt.train_epochs, opt.batch_size, opt.lr, '),
+    ('opt.lr', 'KEY=VALUE'),
+    ('compile=true', 'no make_net and compile_step'),
+]
 
 
 @pytest.mark.parametrize('text, message', BAD_VALUES)
-def test_bad_value_is_one_line(fake, text, message):
+def test_bad_value_is_refused(fake, text, message):
     assert message in refusal(f'{fake}:{text}')
 
 
 @pytest.mark.parametrize('name', ["it's = a:b,c.py", 'Größe ☃\nline "x"', 'a.py:opt.lr=3'])
 def test_any_path_is_a_script(name, tmp_path):
     path = write_fake(tmp_path, name)
-    arm = only(f'{path}:opt.lr=3,fake.list=[1,2],aug.flip=false')
+    (arm,) = arms_of([f'{path}:opt.lr=3,fake.list=[1,2],aug.flip=false'])
     assert (arm.hyp['opt.lr'], arm.hyp['fake.list'], arm.hyp['aug.flip']) == (3.0, [1, 2], False)
-    assert arm.name.isprintable() and arm.script.source == path.read_bytes()
+    assert arm.name.isprintable()
     assert not (tmp_path / '__pycache__').exists()
 
 
-BAD_SCRIPTS = [(b'exit(3)', 'SystemExit: 3 (line 1)'), (b'raise KeyError("a\\nb")', 'KeyError')]
-BAD_SCRIPTS += [(b'def (', 'SyntaxError'), (b'\0', 'null bytes')]
-BAD_SCRIPTS += [(b'hyp = {}', 'lacks load_data, train')]
-BAD_SCRIPTS += [(b'hyp = train = load_data = 3', 'hyp of type int')]
-BAD_SCRIPTS += [(b'hyp = {"f": print}\ntrain = load_data = 3', 'f of type builtin')]
+def test_line_ends_do_not_change_a_script(fake, tmp_path):
+    """Its hash is that of the text with '\\n', as a script logs it, and a BOM does not matter."""
+    text = load_script(fake).source
+    path = tmp_path / 'windows.py'
+    path.write_bytes(text.replace('\n', '\r\n').encode())
+    sha256 = hashlib.sha256(text.encode()).hexdigest()
+    assert facts(str(path)).sha256 == facts(fake).sha256 == sha256
+    path.write_bytes(b'\xef\xbb\xbf' + text.encode())
+    assert facts(str(path)).hyp == facts(fake).hyp
+
+
+BAD_SCRIPTS = [
+    (b'exit(3)', 'SystemExit: 3 (line 1)'),
+    (b'raise KeyError("a\\nb")', 'KeyError'),
+    (b'def (', 'SyntaxError'),
+    (b'\0', 'null bytes'),
+    (b'hyp = {}', 'lacks load_data, train'),
+    (b'hyp = train = load_data = 3', 'hyp of type int'),
+    (b'hyp = {"f": print}\ntrain = load_data = 3', 'f of type builtin'),
+]
 
 
 @pytest.mark.parametrize('code, message', BAD_SCRIPTS)
-def test_bad_script_is_one_line(code, message, tmp_path):
+def test_bad_script_is_refused(code, message, tmp_path):
     path = tmp_path / 'bad.py'
     path.write_bytes(code)
     found = refusal(str(path))
@@ -76,30 +105,36 @@ def test_bad_script_is_one_line(code, message, tmp_path):
 @pytest.mark.parametrize('path', ['none.py:opt.lr=3', '', '.', 'a\0b.py'])
 def test_missing_script_is_named(path, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    name = path.removesuffix(':opt.lr=3').replace('\0', ' ')
-    assert f'cannot read the script {name}: ' in refusal(path)
+    assert f'cannot read the script {path.removesuffix(":opt.lr=3")}: ' in refusal(path)
 
 
-def test_sweeps_make_every_combination_of_the_first_script_but_what_it_is(fake, tmp_path):
+def test_sweep_makes_every_combination_and_names_the_present_values(fake, tmp_path):
     specs = [f'{fake}:fake.std=1', str(write_fake(tmp_path, 'other.py'))]
-    arms = make_arms(specs, [], ['recipe=report,fast', 'aug.flip=true,false'])
+    arms = arms_of(specs, sweeps=['opt.lr=8,10,12.5', 'aug.flip=true,false'])
     assert [arm.name for arm in arms] == [
-        'fake fake.std=1',
-        'fake fake.std=1 recipe=report aug.flip=false',
-        'fake fake.std=1 recipe=fast aug.flip=true',
-        'fake fake.std=1 recipe=fast aug.flip=false',
+        'fake fake.std=1 opt.lr=10 aug.flip=true',  # what it has anyway
+        'fake fake.std=1 opt.lr=8 aug.flip=true',
+        'fake fake.std=1 opt.lr=8 aug.flip=false',
+        'fake fake.std=1 opt.lr=10 aug.flip=false',
+        'fake fake.std=1 opt.lr=12.5 aug.flip=true',
+        'fake fake.std=1 opt.lr=12.5 aug.flip=false',
         'other',
     ]
-    assert [arm.hyp['fake.skill'] for arm in arms] == [94, 94, 93, 93, 94]
-    assert [arm.hyp['aug.flip'] for arm in arms] == [True, False, True, False, True]
+    assert [arm.hyp['opt.lr'] for arm in arms] == [10, 8, 8, 10, 12.5, 12.5, 10]
+    assert [arm.hyp['aug.flip'] for arm in arms] == [True, True, False, False, True, False, True]
 
 
-def test_own_values_go_before_common_ones_and_both_before_the_recipe(fake):
-    arm = only(f'{fake}:recipe=fast,fake.std=3', ['fake.std=2', 'fake.skill=90'])
-    assert (arm.hyp['fake.std'], arm.hyp['fake.skill'], arm.hyp['opt.train_epochs']) == (3, 90, 1)
+def test_sweep_without_the_present_value_is_compared_with_it(fake):
+    arms = arms_of([fake], common=['opt.lr=7'], sweeps=['opt.lr=8,9'])
+    assert [arm.name for arm in arms] == ['fake opt.lr=7', 'fake opt.lr=8', 'fake opt.lr=9']
+    assert 'it needs values' in refusal(fake, sweeps=['opt.lr='])
 
 
-def test_names_are_unique_and_a_script_is_loaded_once(fake):
-    arms = make_arms([fake, fake, f'{fake}:opt.lr=3', fake], [], [])
+def test_own_values_go_before_common_ones(fake):
+    (arm,) = arms_of([f'{fake}:fake.std=3'], common=['fake.std=2', 'fake.skill=90'])
+    assert (arm.hyp['fake.std'], arm.hyp['fake.skill']) == (3, 90)
+
+
+def test_names_are_unique(fake):
+    arms = arms_of([fake, fake, f'{fake}:opt.lr=3', fake])
     assert [arm.name for arm in arms] == ['fake', 'fake #2', 'fake opt.lr=3', 'fake #3']
-    assert len({id(arm.script) for arm in arms}) == 1

@@ -134,7 +134,7 @@ RUN_OPTIONS = [
     ),
     Option(
         '--until-sure',
-        f'stop when a difference is shown, or one of POINTS (default: {POINTS}) is excluded',
+        f'stop when a difference is shown, or one of POINTS (default: {POINTS}) is ruled out',
         metavar='POINTS',
         kind=float,
         alone=POINTS,
@@ -242,22 +242,25 @@ class Parser(argparse.ArgumentParser):
 
 
 def sort_pairs(argv: list[str]) -> list[str]:
-    """Return a command line where scripts after the pairs of --hyp and --sweep are scripts.
+    """Return a command line with '--hyp=KEY=VALUE' in place of '--hyp KEY=VALUE KEY=VALUE'.
 
-    argparse gives such an option all words up to the next option.
+    argparse gives an option of many values all words up to the next option, scripts too.
     """
     words = []
-    scripts = []
-    in_pairs = False
-    for word in argv:
+    option = None
+    for i, word in enumerate(argv):
         if word.startswith('--'):
-            in_pairs = word in ('--hyp', '--sweep')
-        is_script = '=' in word and ':' in word or word.endswith('.py') or os.path.isfile(word)
-        if in_pairs and is_script and not PAIR.match(word):
-            scripts.append(word)
-        else:
+            option = word if word in ('--hyp', '--sweep') else None
+            following = argv[i + 1] if i + 1 < len(argv) else '--'
+            if option is None or following.startswith('--'):
+                words.append(word)
+            continue
+        is_script = ':' in word or word.endswith('.py') or os.path.isfile(word)
+        if option is None or (is_script and not PAIR.match(word)):
             words.append(word)
-    return words + scripts
+        else:
+            words.append(f'{option}={word}')
+    return words
 
 
 # ---------------------------------------- run ----------------------------------------

@@ -6,19 +6,18 @@ from bench import contract
 from bench.contract import BATCH_SIZE, TRAIN_EPOCHS, Script
 from bench.errors import UserError
 
+TRAIN_IMAGES = 4
 TEST_IMAGES = 100  # so that a share of them is exact to a percent
 
 
-def count_epochs(
-    script: Script, hyp: dict, data: dict, train: int, batch_size: int, test: int
-) -> list[int]:
+def count_epochs(script: Script, hyp: dict, data: dict, batch_size: int, test: int) -> list[int]:
     """Return the FLOP of each epoch of a short run on the CPU, and of its final evaluation.
 
-    train, test: how many images it trains on and is tested on.
+    The run has four training images and so many test images.
     """
     from torch.utils.flop_counter import FlopCounterMode
 
-    part = contract.first_images(data, train, test)
+    part = contract.first_images(data, TRAIN_IMAGES, test)
     marks = [0]
     with FlopCounterMode(display=False) as counter:
         script.train(
@@ -38,10 +37,10 @@ def count_epochs(
 def run_flop(script: Script, hyp: dict, data: dict) -> int:
     """Return the FLOP of the training steps and the final evaluation of a run.
 
-    FlopCounterMode counts three short runs: in each epoch two steps of 2 images, one of 4 and one
-    of 3. All else in an epoch is the same, so the differences are the FLOP of a step by itself
-    (of an optimizer with matrix products) and of an image in a step. The evaluation comes after
-    the last epoch, and is scaled from a few images to all.
+    FlopCounterMode counts three short runs on the same four images: in each epoch they make two
+    steps of 2, one of 4, and one of 3 (the last image is dropped). All else is the same, so the
+    differences are the FLOP of a step by itself (of an optimizer with matrix products) and of an
+    image in a step. The evaluation comes after the last epoch; a few images are scaled to all.
 
     data: those of the real run, on the CPU. Raises UserError where a script cannot be counted.
     """
@@ -53,9 +52,9 @@ def run_flop(script: Script, hyp: dict, data: dict) -> int:
     train = len(data['train']['labels'])
     test = len(data['test']['labels'])
     test_images = min(TEST_IMAGES, test)
-    *two_steps, evaluation = count_epochs(script, whole_epochs, data, 4, 2, test_images)
-    *one_step, _ = count_epochs(script, whole_epochs, data, 4, 4, 1)
-    *fewer_images, _ = count_epochs(script, whole_epochs, data, 3, 3, 1)
+    *two_steps, evaluation = count_epochs(script, whole_epochs, data, 2, test_images)
+    *one_step, _ = count_epochs(script, whole_epochs, data, 4, 1)
+    *fewer_images, _ = count_epochs(script, whole_epochs, data, 3, 1)
 
     steps_per_epoch = train // batch_size
     steps_left = math.ceil(steps_per_epoch * epochs)

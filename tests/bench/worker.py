@@ -130,6 +130,8 @@ class Worker:
 
     def close(self):
         """End the process, and those that it started."""
+        if self.connection.closed:
+            return
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self.process.pid, signal.SIGKILL)
         self.process.wait()
