@@ -109,8 +109,8 @@ def test_there_is_one_legend_and_it_explains_the_tail():
     assert all(axes.get_legend() is None for axes in drawing.axes)
     (legend,) = drawing.legends
     texts = [text.get_text() for text in legend.get_texts()]
-    assert len(texts) == 3 and texts[0].startswith('a ') and texts[1].startswith('b ')
-    assert texts[2] == 'dotted, to the mark: with TTA after the last epoch'
+    tail = 'dotted, to the mark: with TTA after the last epoch'
+    assert texts == ['a', 'b', 'thin: each run', tail]
 
 
 def test_without_curves_the_legend_names_families():

@@ -303,7 +303,9 @@ def legend_of(arms: dict, looks: dict, panels: list[str], with_tta: bool) -> tup
     if 'curves' in panels:
         for name in arms:
             lines.append(Line2D([], [], **looks[name], ms=4))
-            names.append(f'{name} (thin: its runs)')
+            names.append(name)
+        lines.append(Line2D([], [], color='grey', lw=0.4))
+        names.append('thin: each run')
         if with_tta:
             lines.append(Line2D([], [], color='grey', linestyle=':', marker='o', ms=4))
             names.append('dotted, to the mark: with TTA after the last epoch')
