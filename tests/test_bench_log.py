@@ -199,6 +199,9 @@ def test_a_scripts_log_has_arms_by_its_name_and_differing_hyp(tmp_path):
     runs += make_runs('', [94.0] * 3, None, script='airbench94_mine.py', hyp={'opt.lr': 9.0})
     file = write(tmp_path / 'own.jsonl', runs, without=('arm', 'arm_index'))
     assert arms_of(file) == {'mine opt.lr=10.0': 2, 'mine opt.lr=9.0': 3}
+    other = make_runs('', [94.0], None, script='other.py', hyp={'opt.lr': 8.0})
+    both = write(file.with_name('both.jsonl'), other, without=('arm', 'arm_index'))
+    assert arms_of(file, both) == {**arms_of(file), 'other': 1}
 
 
 def test_the_trials_of_a_scripts_log_are_all_there(tmp_path):

@@ -386,23 +386,29 @@ def read(paths: list[str]) -> Log:
 
 
 def name_script_arms(lines: list[dict]) -> list[Run]:
-    """Return the runs; those that a script logged get its name and where they differ their hyp."""
+    """Return the runs; those that a script logged itself get its name.
+
+    Where the hyperparameters of its runs differ, the name has those, too.
+    """
     runs = [Run.from_json(line) for line in lines]
-    own = [i for i, line in enumerate(lines) if 'arm' not in line]
-    settings = {i: {**runs[i].hyp, 'compile': runs[i].compile} for i in own}
-    found: dict[str, set] = {}
-    for values in settings.values():
-        for key in values:
-            found.setdefault(key, set())
-    for key, texts in found.items():
-        for values in settings.values():
-            texts.add(to_json(values.get(key)))
-    for i, values in settings.items():
-        name = [runs[i].arm]
-        for key, texts in found.items():
-            if len(texts) > 1 and key in values:
-                name.append(f'{key}={to_json(values[key])}')
-        runs[i] = dataclasses.replace(runs[i], arm=one_line(' '.join(name)))
+    own: dict[str, list] = {}
+    for i, line in enumerate(lines):
+        if 'arm' not in line:
+            own.setdefault(runs[i].arm, []).append(i)
+    for script, places in own.items():
+        settings = {i: {**runs[i].hyp, 'compile': runs[i].compile} for i in places}
+        keys = dict.fromkeys(key for values in settings.values() for key in values)
+        differing = []
+        for key in keys:
+            texts = {to_json(values.get(key)) for values in settings.values()}
+            if len(texts) > 1:
+                differing.append(key)
+        for i, values in settings.items():
+            name = script
+            for key in differing:
+                if key in values:
+                    name += f' {key}={to_json(values[key])}'
+            runs[i] = dataclasses.replace(runs[i], arm=one_line(name))
     return runs
 
 
