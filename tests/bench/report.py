@@ -498,7 +498,7 @@ def common_lines(changes: list[str], names) -> list[str]:
 
 def report_lines(results: Results, width: int) -> list[str]:
     """Return the table, the comparisons, and where it all comes from."""
-    lines = common_lines(results.common, results.arms)
+    lines = [wrapped(line, width) for line in common_lines(results.common, results.arms)]
     if results.arms:
         columns = table_columns(results)
         lines += table_lines(list(results.arms), columns, width)
