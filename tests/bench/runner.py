@@ -37,7 +37,7 @@ class Experiment:
         self.data_facts: dict = {}  # of the data
         self.layout: dict = {}
         self.flop: list[int | None] = []
-        self.folder: str | None = options['resume']
+        self.folder: str | None = None  # of the log, once it is known to be the right one
         self.runs: list[Run] = []  # in the log
         self.unlogged: list[Run] = []  # finished, but the disk was full
         self.data_file = data.make_file()
@@ -59,7 +59,8 @@ class Experiment:
         self.start_workers()
         self.load_data()
         if options['resume']:
-            self.check_resume()
+            self.check_resume(options['resume'])
+            self.folder = options['resume']
             self.read_again()
 
     def load(self, path: str) -> Facts:
@@ -108,14 +109,14 @@ class Experiment:
         self.data_facts = made['facts']
         self.layout = made['layout']
 
-    def check_resume(self):
-        """Raise UserError where the log is not of the experiment at hand."""
-        logged = records.read_experiment(self.folder)
+    def check_resume(self, folder: str):
+        """Raise UserError where a log is not of the experiment at hand."""
+        logged = records.read_experiment(folder)
         names = [arm.name for arm in self.arms]
         logged_names = [entry['name'] for entry in logged['arms']]
         records.refuse_other_values('the arms', {'names': logged_names}, {'names': names})
         for arm, entry in zip(self.arms, logged['arms'], strict=True):
-            records.refuse_other_code(self.folder, entry, arm.script.source)
+            records.refuse_other_code(folder, entry, arm.script.source)
             records.refuse_other_values(f'hyperparameters of {arm.name}', entry['hyp'], arm.hyp)
         facts = dict(self.data_facts)
         logged_facts = dict(logged['data'])
