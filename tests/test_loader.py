@@ -142,7 +142,7 @@ def test_images_without_their_labels_are_an_error(script, noise):
 
 
 def test_unknown_augmentation_is_an_error(script, noise):
-    with pytest.raises(script.UserError, match='translat$'):
+    with pytest.raises(script.UserError, match='no aug.translat; aug has flip'):
         script.CifarLoader(noise, aug={'translat': 2})
 
 
