@@ -152,8 +152,8 @@ CIFAR_STD = (0.2470, 0.2435, 0.2616)
 def read_split(path: pathlib.Path) -> dict:
     """Load and check train.pt or test.pt, which may be anybody's.
 
-    Returns {'images': uint8 [N, 32, 32, 3], 'labels': int64 [N], 'classes': list of N names}, on
-    the CPU. Raises UserError with the file's name for whatever is wrong with it.
+    Returns {'images': uint8 [N, 32, 32, 3], 'labels': int64 [N], 'classes': list of names}, on the
+    CPU. Raises UserError with the file's name for whatever is wrong with it.
     """
     try:
         with zipfile.ZipFile(path) as archive:
@@ -166,30 +166,39 @@ def read_split(path: pathlib.Path) -> dict:
         raise UserError(f'{path} is not a file of torch.save: {reason}') from None
     if damaged:
         raise UserError(f'{path} is damaged: the checksum of {damaged} is wrong')
+    problem = find_problem(content)
+    if problem:
+        raise UserError(f'{path}: {problem}')
+    classes = [str(name) for name in content['classes']]
+    return {'images': content['images'], 'labels': content['labels'].long(), 'classes': classes}
+
+
+def find_problem(content) -> str | None:
+    """Return what is wrong with the content of a train.pt or test.pt, if anything is."""
     if not isinstance(content, dict):
-        raise UserError(f'{path} holds no dict, but a {type(content).__name__}')
+        return f'it holds no dict, but a {type(content).__name__}'
     for key in ('images', 'labels', 'classes'):
         if key not in content:
-            raise UserError(f'{path} lacks the key {key!r}')
+            return f'it lacks the key {key!r}'
     images = content['images']
     labels = content['labels']
+    classes = content['classes']
     for tensor in (images, labels):
         if type(tensor) is not torch.Tensor or tensor.device.type != 'cpu' or tensor.is_sparse:
-            raise UserError(f'{path}: images and labels must be plain tensors')
+            return 'images and labels must be plain tensors'
     if images.dtype != torch.uint8 or images.shape[1:] != (32, 32, 3):
         found = f'{images.dtype} {list(images.shape)}'
-        raise UserError(f'{path}: images must be uint8 [N, 32, 32, 3], but are {found}')
+        return f'images must be uint8 [N, 32, 32, 3], but are {found}'
     if len(images) == 0:
-        raise UserError(f'{path} has no images')
+        return 'it has no images'
     if labels.shape != (len(images),) or labels.is_floating_point() or labels.is_complex():
         found = f'{labels.dtype} {list(labels.shape)}'
-        raise UserError(f'{path}: labels must be integers [{len(images)}], but are {found}')
-    if not isinstance(content['classes'], (list, tuple)):
-        raise UserError(f'{path}: classes must be a list of names')
-    classes = [str(name) for name in content['classes']]
+        return f'labels must be integers [{len(images)}], but are {found}'
+    if not isinstance(classes, (list, tuple)):
+        return 'classes must be a list of names'
     if labels.min() < 0 or labels.max() >= len(classes):
-        raise UserError(f'{path}: labels must be from 0 to {len(classes) - 1}, as for its classes')
-    return {'images': images, 'labels': labels.long(), 'classes': classes}
+        return f'labels must be from 0 to {len(classes) - 1}, as for its classes'
+    return None
 
 
 def make_files(folder: pathlib.Path):
@@ -203,25 +212,27 @@ def make_files(folder: pathlib.Path):
 
     archive = folder / CIFAR10.filename
     extracted = folder / CIFAR10.base_folder
-    ours = {archive.name, extracted.name, 'train.pt', 'test.pt'}
-    if os.path.exists(archive) and not check_integrity(archive, CIFAR10.tgz_md5):
-        size = archive.stat().st_size
-        raise UserError(f'{archive} is not CIFAR-10 (its MD5 differs; {size:,} bytes): remove it')
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        ours = ('train.pt', 'test.pt', archive.name, extracted.name)
         for path in folder.iterdir():
             if path.name not in ours and not path.name.startswith('.'):
                 raise UserError(
                     f'{folder} has no train.pt and test.pt, but has {path.name}: '
                     'CIFAR-10 is downloaded into an empty or new folder only'
                 )
+        if archive.exists() and not check_integrity(archive, CIFAR10.tgz_md5):
+            size = archive.stat().st_size
+            found = f'its MD5 differs; {size:,} bytes'
+            raise UserError(f'{archive} is not CIFAR-10 ({found}): remove it')
         with tempfile.TemporaryDirectory(prefix='.download-', dir=folder) as temporary:
-            root = temporary
-            if os.path.exists(archive) or os.path.exists(extracted):
-                root = folder
+            if archive.exists():
+                root, download = folder, True  # torchvision extracts it
+            elif extracted.exists():
+                root, download = folder, False
             else:
+                root, download = temporary, True
                 print(f'Downloading CIFAR-10 (170 MB) into {folder}', flush=True)
-            download = os.path.exists(archive) or not os.path.exists(extracted)
             for name in ('test.pt', 'train.pt'):
                 split = CIFAR10(root, train=name == 'train.pt', download=download)
                 content = {
