@@ -158,30 +158,6 @@ CIFAR_MEAN = (0.4914, 0.4822, 0.4465)
 CIFAR_STD = (0.2470, 0.2435, 0.2616)
 
 
-def read_split(path: pathlib.Path) -> dict:
-    """Load and check train.pt or test.pt, which may be anybody's.
-
-    Returns {'images': uint8 [N, 32, 32, 3], 'labels': int64 [N], 'classes': list of names}, on the
-    CPU. Raises UserError with the file's name for whatever is wrong with it.
-    """
-    try:
-        with zipfile.ZipFile(path) as archive:
-            damaged = archive.testzip()  # compares checksums; torch.load does not
-        content = torch.load(path, map_location='cpu', weights_only=True)  # runs no code in it
-    except OSError as error:
-        raise UserError(f'{path} cannot be read: {error.strerror}') from None
-    except Exception as error:  # a damaged file fails anywhere, with any exception
-        reason = str(error).split('\n')[0]
-        raise UserError(f'{path} is not a file of torch.save: {reason}') from None
-    if damaged:
-        raise UserError(f'{path} is damaged: the checksum of {damaged} is wrong')
-    problem = find_problem(content)
-    if problem:
-        raise UserError(f'{path}: {problem}')
-    classes = [str(name) for name in content['classes']]
-    return {'images': content['images'], 'labels': content['labels'].long(), 'classes': classes}
-
-
 def find_problem(content) -> str | None:
     """Return what is wrong with the content of a train.pt or test.pt, if anything is."""
     if not isinstance(content, dict):
@@ -208,6 +184,30 @@ def find_problem(content) -> str | None:
     if labels.min() < 0 or labels.max() >= len(classes):
         return f'labels must be from 0 to {len(classes) - 1}, as for its classes'
     return None
+
+
+def read_split(path: pathlib.Path) -> dict:
+    """Load and check train.pt or test.pt, which may be anybody's.
+
+    Returns {'images': uint8 [N, 32, 32, 3], 'labels': int64 [N], 'classes': list of names}, on the
+    CPU. Raises UserError with the file's name for whatever is wrong with it.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            damaged = archive.testzip()  # compares checksums; torch.load does not
+        content = torch.load(path, map_location='cpu', weights_only=True)  # runs no code in it
+    except OSError as error:
+        raise UserError(f'{path} cannot be read: {error.strerror}') from None
+    except Exception as error:  # a damaged file fails anywhere, with any exception
+        reason = str(error).split('\n')[0]
+        raise UserError(f'{path} is not a file of torch.save: {reason}') from None
+    if damaged:
+        raise UserError(f'{path} is damaged: the checksum of {damaged} is wrong')
+    problem = find_problem(content)
+    if problem:
+        raise UserError(f'{path}: {problem}')
+    classes = [str(name) for name in content['classes']]
+    return {'images': content['images'], 'labels': content['labels'].long(), 'classes': classes}
 
 
 def make_files(folder: pathlib.Path):
