@@ -43,13 +43,13 @@ class Option:
     """An option: all that the parser, the defaults, the limits and --resume need to know."""
 
     name: str  # '--until-sure', or 'scripts'
+    metavar: str | None  # None: a flag
     help: str
+    kind: type = str
     default: object = None
-    metavar: str | None = None
-    kind: type | None = None  # None: a flag
-    many: bool = False
-    alone: object = None  # the value where the option is given without one
     limits: tuple | None = None
+    many: bool = False  # takes several values
+    alone: object = None  # the value where the option is given without one
     fixed: bool = False  # --resume keeps what the log has
 
     @property
@@ -58,7 +58,7 @@ class Option:
 
     def add_to(self, parser: argparse.ArgumentParser):
         arguments = {'help': self.help}
-        if self.kind is None:
+        if self.metavar is None:
             arguments['action'] = 'store_true'
         else:
             arguments['type'] = self.kind
@@ -82,132 +82,48 @@ class Option:
             raise UserError(f'{self.name} {value}: it must be from {low} to {high}')
 
 
-TARGET = Option(
-    '--target',
-    'count the runs at or above this accuracy (default: 94)',
-    default=94.0,
-    metavar='PERCENT',
-    kind=float,
-    limits=(0, 100),
-)
-MARGIN = Option(
-    '--margin',
-    'say whether an arm is not inferior by more than POINTS',
-    metavar='POINTS',
-    kind=float,
-    limits=(1e-3, 100),
-)
+SCRIPTS_HELP = 'an arm each; the first is the reference'
+RUNS_HELP = f'runs of each arm (default: {RUNS}; with --until-sure at most {RUNS_UNTIL_SURE})'
+HYP_HELP = 'hyperparameters of all arms; compile=true compiles them'
+SWEEP_HELP = 'an arm of the first script for each value; several keys make all combinations'
+SURE_HELP = f'stop when a difference is shown, or one of POINTS (default: {POINTS}) is ruled out'
+HOLDOUT_HELP = f'test on the last N (default: {HELD_OUT}) training images, train on the others'
+SEED_HELP = 'seed of the experiment (default: drawn and printed)'
+DEVICE_HELP = 'auto, cpu, cuda or cuda:1 (default: auto, which is CUDA where there is a GPU)'
+DATA_HELP = 'the folder that the reference reads the data of all arms from (default: cifar10)'
+TARGET_HELP = 'count the runs at or above this accuracy (default: 94)'
+MARGIN_HELP = 'say whether an arm is not inferior by more than POINTS'
+PANELS_HELP = 'panels of the figure, with commas (default: all that the logs have)'
+
+SPEC = 'SCRIPT[:KEY=VALUE,...]'
+TARGET = Option('--target', 'PERCENT', TARGET_HELP, float, 94.0, (0, 100))
+MARGIN = Option('--margin', 'POINTS', MARGIN_HELP, float, None, (1e-3, 100))
 RUN_OPTIONS = [
-    Option(
-        'scripts',
-        'an arm each; the first is the reference',
-        default=[],
-        metavar='SCRIPT[:KEY=VALUE,...]',
-        kind=str,
-        many=True,
-        fixed=True,
-    ),
-    Option(
-        '--runs',
-        f'runs of each arm (default: {RUNS}; with --until-sure at most {RUNS_UNTIL_SURE})',
-        metavar='N',
-        kind=int,
-        limits=(1, 10**6),
-    ),
-    Option(
-        '--hyp',
-        'hyperparameters of all arms; compile=true compiles them',
-        default=[],
-        metavar='KEY=VALUE',
-        kind=str,
-        many=True,
-        fixed=True,
-    ),
-    Option(
-        '--sweep',
-        'an arm of the first script for each value; several keys make all combinations',
-        default=[],
-        metavar='KEY=A,B,...',
-        kind=str,
-        many=True,
-        fixed=True,
-    ),
-    Option(
-        '--until-sure',
-        f'stop when a difference is shown, or one of POINTS (default: {POINTS}) is ruled out',
-        metavar='POINTS',
-        kind=float,
-        alone=POINTS,
-        limits=(1e-3, 100),
-    ),
+    Option('scripts', SPEC, SCRIPTS_HELP, str, [], many=True, fixed=True),
+    Option('--runs', 'N', RUNS_HELP, int, None, (1, 10**6)),
+    Option('--hyp', 'KEY=VALUE', HYP_HELP, str, [], many=True, fixed=True),
+    Option('--sweep', 'KEY=A,B,...', SWEEP_HELP, str, [], many=True, fixed=True),
+    Option('--until-sure', 'POINTS', SURE_HELP, float, None, (1e-3, 100), alone=POINTS),
     MARGIN,
     TARGET,
-    Option(
-        '--holdout',
-        f'test on the last N (default: {HELD_OUT}) training images, and train on the others',
-        metavar='N',
-        kind=int,
-        alone=HELD_OUT,
-        limits=(1, 10**9),
-        fixed=True,
-    ),
-    Option(
-        '--seed',
-        'seed of the experiment (default: drawn and printed)',
-        metavar='S',
-        kind=int,
-        limits=(0, 2**64 - 1),
-        fixed=True,
-    ),
-    Option(
-        '--device',
-        'auto, cpu, cuda or cuda:1 (default: auto, which is CUDA where there is a GPU)',
-        default='auto',
-        metavar='D',
-        kind=str,
-    ),
-    Option(
-        '--data-dir',
-        'the folder that the reference reads the data of all arms from (default: cifar10)',
-        default='cifar10',
-        metavar='DIR',
-        kind=str,
-    ),
-    Option(
-        '--synthetic',
-        "the reference's synthetic_data in place of CIFAR-10",
-        default=False,
-        fixed=True,
-    ),
-    Option(
-        '--curves',
-        'evaluate after every epoch, for figures; not timed',
-        default=False,
-        fixed=True,
-    ),
-    Option(
-        '--log-dir',
-        'gets a folder for the experiment (default: logs)',
-        default='logs',
-        metavar='DIR',
-        kind=str,
-    ),
-    Option('--resume', 'make the runs that this log folder lacks', metavar='DIR', kind=str),
+    Option('--holdout', 'N', HOLDOUT_HELP, int, None, (1, 10**9), alone=HELD_OUT, fixed=True),
+    Option('--seed', 'S', SEED_HELP, int, None, (0, 2**64 - 1), fixed=True),
+    Option('--device', 'D', DEVICE_HELP, str, 'auto'),
+    Option('--data-dir', 'DIR', DATA_HELP, str, 'cifar10'),
+    Option('--synthetic', None, "the reference's synthetic_data", bool, False, fixed=True),
+    Option('--curves', None, 'evaluate after every epoch, for figures', bool, False, fixed=True),
+    Option('--log-dir', 'DIR', 'gets a folder for the experiment (default: logs)', str, 'logs'),
+    Option('--resume', 'DIR', 'make the runs that this log folder lacks'),
 ]
 SHOW_OPTIONS = [
-    Option('logs', 'log folders or runs.jsonl files', metavar='LOG', kind=str, many=True),
-    Option('--plot', 'draw a figure; the suffix is its format', metavar='FILE', kind=str),
-    Option(
-        '--panels',
-        'panels of the figure, with commas (default: all that the logs have)',
-        metavar='LIST',
-        kind=str,
-    ),
-    Option('--label', 'show an arm as TEXT', metavar='ARM=TEXT', kind=str, many=True),
-    Option('--reference', 'compare with this arm (default: the first)', metavar='ARM', kind=str),
+    Option('logs', 'LOG', 'log folders or runs.jsonl files', many=True),
+    Option('--plot', 'FILE', 'draw a figure; the suffix is its format'),
+    Option('--panels', 'LIST', PANELS_HELP),
+    Option('--label', 'ARM=TEXT', 'show an arm as TEXT', many=True),
+    Option('--reference', 'ARM', 'compare with this arm (default: the first)'),
     TARGET,
     MARGIN,
-    Option('--no-time', 'leave out the times: those of a busy machine say nothing'),
+    Option('--no-time', None, 'leave out the times: those of a busy machine say nothing'),
 ]
 
 
@@ -217,6 +133,7 @@ class Parser(argparse.ArgumentParser):
     def __init__(self, command: str, options: list[Option], epilog: str | None = None):
         super().__init__(
             f'python tests/bench {command}',
+            usage=f'%(prog)s {options[0].metavar} ... [options]',
             epilog=epilog,
             allow_abbrev=False,
             argument_default=argparse.SUPPRESS,
@@ -277,10 +194,8 @@ def run_options(given: dict) -> dict:
         value = logged.get(key, option.default)
         if key in given:
             if logged and option.fixed and given[key] != value:
-                raise UserError(
-                    f'--resume: {option.name} is {value} in the log, {given[key]} now; '
-                    'leave it out, or start a new experiment'
-                )
+                change = f'{option.name} is {value} in the log, {given[key]} now'
+                raise UserError(f'--resume: {change}; leave it out, or start a new experiment')
             value = given[key]
         options[key] = value
     if not options['scripts']:

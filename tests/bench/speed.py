@@ -10,7 +10,7 @@ import numpy as np
 
 from bench import cost
 from bench.arms import make_arms
-from bench.cli import Option
+from bench.cli import DEVICE_HELP, SPEC, Option
 from bench.contract import BATCH_SIZE, SPEED, Facts, Script
 from bench.errors import UserError
 from bench.worker import Worker, pick_device
@@ -22,23 +22,12 @@ TEST_IMAGES = 10000
 GPU_STEPS = 20  # in a measurement
 KERNELS = 10  # rows of the table
 PROFILED_STEPS = 3
+SCRIPTS_HELP = 'what is measured (default: the two scripts and fast94)'
 OPTIONS = [
-    Option(
-        'scripts',
-        'what is measured (default: the two scripts and fast94)',
-        metavar='SCRIPT[:KEY=VALUE,...]',
-        kind=str,
-        many=True,
-    ),
-    Option('--eager', 'compile nothing'),
-    Option('--device', 'auto, cpu, cuda or cuda:1', metavar='D', kind=str),
-    Option(
-        '--rounds',
-        'interleaved measurements (default: 5)',
-        metavar='N',
-        kind=int,
-        limits=(1, 10**6),
-    ),
+    Option('scripts', SPEC, SCRIPTS_HELP, many=True),
+    Option('--eager', None, 'compile nothing'),
+    Option('--device', 'D', DEVICE_HELP),
+    Option('--rounds', 'N', 'interleaved measurements (default: 5)', int, None, (1, 10**6)),
 ]
 
 
@@ -83,7 +72,11 @@ def make_step(script: Script, hyp: dict, data: dict, device, mode: str):
         images = images.float().contiguous()
     optimizer = module.make_optimizer(net, script.nested(hyp))
     for group in optimizer.param_groups:
-        group['lr'] = 1e-6  # a network that has not been whitened should not diverge
+        # A network that has not been whitened should not diverge.
+        if torch.is_tensor(group['lr']):
+            group['lr'].fill_(1e-6)  # a CUDA graph reads it
+        else:
+            group['lr'] = 1e-6
         if mode == 'plain':
             group['fused'] = False
             group['foreach'] = False
