@@ -145,24 +145,41 @@ def test_signal_ends_it_with_the_table_of_the_finished_runs(n, number, tmp_path)
         assert f'stopped after {made} finished runs; `python tests/bench run --resume {log}`' in out
 
 
+SLOW = {
+    'loading': ('import random', 'import time; print("loading"); time.sleep(60); import random'),
+    'training': ('    rows = []', '    print("training"); time.sleep(60); rows = []'),
+}
+
+
+@pytest.mark.parametrize('when', SLOW)
 @pytest.mark.parametrize('number', SIGNALS)
 @times(1, 20)
-def test_signal_before_the_first_run_leaves_nothing(n, number, tmp_path):
-    slow = ('import random', 'import time; print("loading"); time.sleep(60); import random')
-    script = write_fake(tmp_path, 'fake.py', slow)
+def test_signal_before_the_first_run_leaves_nothing(n, number, when, tmp_path):
+    script = write_fake(tmp_path, 'fake.py', SLOW[when])
     for _ in range(n):
         with live(tmp_path, command('run', script)) as process:
-            assert process.stdout.readline() == 'loading\n'
+            for line in process.stdout:
+                if line == f'{when}\n':
+                    break
             process.send_signal(number)
             out = process.communicate(timeout=300)[0]
         assert process.returncode == 128 + number
-        assert out == 'bench: stopped after 0 finished runs\n' and not (tmp_path / 'logs').exists()
+        assert out == 'bench: stopped after 0 finished runs\n'
+        assert not list(tmp_path.glob('logs/*'))
 
 
 # ---------------------------------------- torchrun ----------------------------------------
 def test_runs_do_not_depend_on_the_number_of_processes(tmp_path):
+    """And only one at a time, the first, may have to download the data."""
+    downloads = f"""
+    if not os.path.exists('{tmp_path}/data'):
+        time.sleep(1)
+        open('{tmp_path}/data', 'x')
+    return synthetic_data(device, test=64"""
+    change = ('    return synthetic_data(device, test=64', downloads[1:])
+    imports = ('import random\n', 'import os\nimport random\n')
     expected = finished(*experiment(tmp_path / 'one', 12), '--until-sure', 0.5)
-    args = [*experiment(tmp_path / 'two', 12), '--until-sure', 0.5]
+    args = [*experiment(tmp_path / 'two', 12, 0.004, change, imports), '--until-sure', 0.5]
     process = ended(command(*args, processes=2))
     assert process.returncode == 0, process.stderr
     assert result_of(process.stdout) == expected

@@ -5,6 +5,10 @@ import re
 import subprocess
 import sys
 
+import pytest
+import torch
+from bench.errors import UserError
+from bench.worker import pick_device
 from bench_helpers import command, lines, log_of, tool, write_fake
 from conftest import NARROW, ROOT, environment
 
@@ -77,3 +81,12 @@ def test_what_a_script_prints_is_shown_where_the_tool_prints(tmp_path, monkeypat
     write_fake(tmp_path, 'fake.py', prints, ('import random\n', 'import random\nimport sys\n'))
     status, out, err = tool('run', 'fake.py', '--runs', 2)
     assert status == 0 and out.count('on stdout\n') == err.count('on stderr\n') == 3
+
+
+def test_each_process_of_torchrun_has_a_gpu_of_its_own(monkeypatch):
+    monkeypatch.setattr(torch.cuda, 'is_available', lambda: True)
+    monkeypatch.setattr(torch.cuda, 'device_count', lambda: 2)
+    for name, device in (('auto', 'cuda:1'), ('cuda', 'cuda:1'), ('cuda:0', 'cuda:0')):
+        assert pick_device(name, local_rank=1) == torch.device(device)
+    with pytest.raises(UserError, match='finds 2 CUDA devices'):
+        pick_device('cuda:2')

@@ -120,6 +120,8 @@ class Script:
 
     def load_data(self, data_dir: str | None) -> dict:
         """Return the data on the CPU; without data_dir the synthetic ones."""
+        if data_dir is None and not self.has('synthetic_data'):
+            raise UserError('--synthetic: it has no synthetic_data')
         if data_dir is None:
             data = self.module.synthetic_data(cpu())
         else:
@@ -169,6 +171,15 @@ class Script:
         tree = self.nested(hyp)
         batch_size = tree['opt']['batch_size']
         return self.module.CifarLoader(data, True, batch_size, tree['aug'], device=device)
+
+    def training_step(self, hyp: dict, device, classes: int, compiled: bool) -> tuple:
+        """Return a network, its optimizer, and step(net, optimizer, images, targets)."""
+        if compiled:
+            net, step = self.compile(hyp, device, classes).values()
+        else:
+            net = self.module.make_net(self.nested(hyp), device, num_classes=classes)
+            step = self.module.train_step
+        return net, self.module.make_optimizer(net, self.nested(hyp)), step
 
 
 def cpu():

@@ -100,12 +100,8 @@ class Experiment:
     def make_data(self):
         """Let the reference write the data to the file that all arms read."""
         options = self.options
-        reference = self.arms[0]
         data_dir = None if options['synthetic'] else options['data_dir']
-        if options['synthetic'] and 'synthetic_data' not in reference.script.offers:
-            raise UserError(f'--synthetic: {reference.script.name} has no synthetic_data')
-        worker = self.workers[reference.name]
-        made = worker.call('make_data', data_dir, options['holdout'])
+        made = self.workers[self.arms[0].name].call('make_data', data_dir, options['holdout'])
         self.data_facts = made['facts']
         self.layout = made['layout']
 

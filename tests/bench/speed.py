@@ -56,21 +56,13 @@ def make_step(script: Script, hyp: dict, data: dict, device, mode: str):
     import torch
     import torch.nn.functional as F
 
-    module = script.module
     torch.backends.cudnn.benchmark = True
     images, labels = next(iter(script.loader(data, hyp, device)))
     targets = F.one_hot(labels, 10).float()
-    step = module.train_step
-    if mode == 'compiled':
-        compiled = script.compile(hyp, device, 10)
-        net = compiled['net']
-        step = compiled['step']
-    else:
-        net = module.make_net(script.nested(hyp), device)
+    net, optimizer, step = script.training_step(hyp, device, 10, mode == 'compiled')
     if mode == 'plain':
         net.to(torch.float32, memory_format=torch.contiguous_format)
         images = images.float().contiguous()
-    optimizer = module.make_optimizer(net, script.nested(hyp))
     for group in optimizer.param_groups:
         # A network that has not been whitened should not diverge.
         if torch.is_tensor(group['lr']):
