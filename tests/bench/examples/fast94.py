@@ -27,6 +27,9 @@ not worth it: a GPU finishes their kernels before the host has launched the next
     python tests/bench/examples/fast94.py --trials 5 --runs 25 --quiet --compile
     python tests/bench run airbench94_baseline.py tests/bench/examples/fast94.py --margin 0.1
 
+The sections on hyperparameters, loader, network, optimizer and training are the recipe. Data files,
+compilation, log and command line can be read last.
+
 In a notebook: paste this file into a cell and run it. Then main(['--trials', '1']) does what the
 command line does. The log keeps the text of all cells that you ran.
 """
@@ -62,21 +65,22 @@ NAME = 'fast94'
 # -------------------------------------------------------------------------------------------------
 
 # lr and weight_decay are decoupled from the other hyperparameters, so that each can be tuned alone:
-# - The loss is summed over the batch, so a step grows with batch_size by itself. lr is therefore
-#   per 1024 examples: a larger batch does not ask for a larger lr.
-# - Momentum makes the steps longer, by about 1 / (1 - momentum). make_optimizer divides the lr by
-#   1 + 1 / (1 - momentum), as airbench94 does, so another momentum hardly asks for another lr.
+# - The loss is summed over the batch, so the steps grow with batch_size by themselves: leave lr as
+#   it is when you change batch_size. make_optimizer divides lr by 1024, whatever the batch.
+# - Momentum multiplies the steps by about 1 / (1 - momentum). make_optimizer divides lr by that
+#   plus 1 (airbench94's formula): leave lr as it is when you change momentum.
 # - PyTorch multiplies the weight decay by the lr. make_optimizer divides it by the lr beforehand:
-#   another lr does not change how fast the weights shrink. It is per 1024 examples, too.
+#   another lr does not change how fast the weights shrink. The decay is for a batch of 1024, and
+#   grows with the batch.
 
 hyp = {
     'opt': {
         'train_epochs': 10.9,  # may be fractional
         'low_res_epochs': [24, 24, 24, 24, 24],  # image size of the first epochs; then 32
         'batch_size': 1024,
-        'lr': 11.5,  # per 1024 examples
+        'lr': 11.5,
         'momentum': 0.85,
-        'weight_decay': 0.0153,  # per 1024 examples
+        'weight_decay': 0.0153,
         'bias_scaler': 64.0,  # BatchNorm biases learn faster by this factor
         'label_smoothing': 0.2,
         'whiten_bias_epochs': 3,  # then the bias of the whitening layer is frozen
@@ -138,7 +142,7 @@ def flat_hyp(hyp: dict, prefix: str = '') -> dict:
 
 
 def check_hyp(hyp: dict):
-    """Raise UserError where a value, or an item of a list, is not a number within hyp_limits."""
+    """Raise UserError where a value (or each item of a list) is not a number within hyp_limits."""
     for key, value in flat_hyp(hyp).items():
         if key not in hyp_limits:
             continue
@@ -341,10 +345,11 @@ def batch_crop(images: torch.Tensor, offsets: torch.Tensor, size: int) -> torch.
     channels_last. One gather, so neither a loop over offsets nor a synchronization.
     """
     n, channels = images.shape[:2]
-    # windows[n, y, x] is the crop of image n that begins at row y and column x.
     rows = images.permute(0, 2, 3, 1).flatten(2)  # [N, H, W * C], a view if channels_last
-    windows = rows.unfold(1, size, 1)  # [N, n_y, W * C, size], a view
-    windows = windows.unfold(2, size * channels, channels)  # [N, n_y, n_x, size, size * C], a view
+    # unfold makes windows along an axis and puts what is in a window last. So windows[n, y, x] is
+    # the crop of image n that begins at row y and column x.
+    windows = rows.unfold(1, size, 1)  # [N, H - size + 1, W * C, size], a view
+    windows = windows.unfold(2, size * channels, channels)  # [N, y, x, size, size * C], a view
     every = torch.arange(n, device=images.device)
     crops = windows[every, offsets[:, 0], offsets[:, 1]]  # [N, size, size * C], the only copy
     crops = crops.unflatten(2, (size, channels))  # [N, size, size, C]
@@ -371,8 +376,9 @@ class CifarLoader:
             to images and labels; the next epoch uses them. A change in place is not noticed.
         labels: int64 [N]. classes: their names.
         epoch: how many epochs have begun.
-        proc_images: 'norm' (normalized), and with aug 'flip' (a random half of norm mirrored) and
-            'pad' (reflect-padded), computed once, when the first epoch begins.
+        proc_images: computed once, when the first epoch begins. 'norm': the images normalized;
+            'flip', if aug has flip: norm, of which a random half is mirrored; 'pad', if aug has
+            translate: flip, or else norm, reflect-padded.
     """
 
     def __init__(
@@ -720,7 +726,7 @@ def evaluate(
 
 
 # -------------------------------------------------------------------------------------------------
-#                             The training step, and its compilation
+#                    The training step, and its compilation (--compile; read it last)
 # -------------------------------------------------------------------------------------------------
 
 
@@ -771,7 +777,8 @@ class CompiledStep:
     A step has about 80 kernels, and an H200 finishes them faster than the host launches them. So
     they are recorded as a CUDA graph, which is one launch. Training time on an H200, with eager as
     1: compiled 0.95, compiled and recorded 0.65. There is a graph for each kind of step: the shape
-    of the images, and whether the whitening bias is trained.
+    of the images, and whether the whitening bias is trained. The first step of a kind is made like
+    `train_step`, and compiles. The second is recorded and replayed, later ones are replayed.
 
     A graph repeats the kernels that it recorded, so Python in the network does not run again. It
     writes to the same memory each time: clone the loss and the logits that you want to keep.
@@ -790,12 +797,13 @@ class CompiledStep:
         if not images.is_cuda or kind not in self.seen:
             self.seen.add(kind)
             return train_step(net, optimizer, images, targets, whiten_bias_grad)
-        optimizer.zero_grad(set_to_none=True)
         if kind not in self.recorded:
+            optimizer.zero_grad(set_to_none=True)  # so that the graph makes gradients of its own
             self.recorded[kind] = self.record(images, targets, whiten_bias_grad)
         step = self.recorded[kind]
         torch._foreach_copy_([step.images, step.targets], [images, targets])
         step.graph.replay()
+        # The optimizer is to read this graph's gradients, not those of another kind of step.
         for parameter, grad in zip(net.parameters(), step.grads, strict=True):
             parameter.grad = grad
         optimizer.step()
@@ -816,12 +824,14 @@ class CompiledStep:
 def pool_backward(grad, x, kernel_size, stride, padding, dilation, ceil_mode, indices):
     """Return the gradient of max-pooling for Inductor: each pixel looks whether it was the maximum.
 
-    Inductor's own rule adds with atomics, which it cannot fuse with what follows (PyTorch issue
-    195123). Without this rule and the two limits in `compile_step` a step moves twice the memory.
-    Pooling with overlap, padding or a border is left to Inductor.
+    The arguments are those of aten.max_pool2d_with_indices_backward: grad and indices [N, C, h, w],
+    where an index is y * W + x of the maximum in x [N, C, H, W]. Inductor's own rule adds with
+    atomics, which it cannot fuse with what follows (PyTorch issue 195123). Without this rule and
+    the two limits in `compile_step` a step moves twice the memory. Pooling with overlap, padding or
+    a border is left to Inductor.
     """
     size = kernel_size[0]
-    overlaps = stride not in ([], kernel_size) or any(padding)
+    overlaps = stride not in ([], kernel_size) or any(padding)  # []: stride is kernel_size
     has_border = grad.numel() * size**2 != x.numel()
     if overlaps or has_border:
         return NotImplemented
@@ -830,7 +840,8 @@ def pool_backward(grad, x, kernel_size, stride, padding, dilation, ceil_mode, in
         repeated = pooled[:, :, :, None, :, None].expand(-1, -1, -1, size, -1, size)
         return repeated.reshape(x.shape)
 
-    # Without effect, but makes Inductor store grad. Else it is recomputed for each pixel.
+    # This changes no value, but Inductor must store the input of as_strided. Else it would compute
+    # grad anew for each of the pixels that read it.
     grad = grad.as_strided(grad.shape, grad.stride())
     pixels = torch.arange(x[0, 0].numel(), device=x.device).view(x.shape[2:])
     is_maximum = repeat_for_each_pixel(indices) == pixels
@@ -844,8 +855,8 @@ def compile_step(net: nn.Module) -> CompiledStep:
 
     rules = dict(decomposition.select_decomp_table())
     rules[torch.ops.aten.max_pool2d_with_indices_backward.default] = pool_backward
-    # Inductor stores a value that many others read. With these limits it computes more of them
-    # again, which takes less time than the memory traffic.
+    # Inductor stores a value that has many readers or took many operations. With these higher
+    # limits it stores less and computes more again, which takes less time than the memory traffic.
     patches = {'realize_reads_threshold': 8, 'realize_opcount_threshold': 100}
     backend = functools.partial(compile_fx.compile_fx, config_patches=patches, decompositions=rules)
     # Every network and shape counts; beyond this limit Dynamo would fall back to eager kernels.
@@ -995,11 +1006,12 @@ def train(
                 loss, logits = step(net, optimizer, images, targets, whiten_bias_grad)
                 scheduler.step()
                 steps_done += 1
-                # Steps after the last multiple of five do not count.
+                # The decay grows from 0 to 0.77, so the average is fast at first.
                 if steps_done % 5 == 0:
                     lookahead.update(decay=0.95**5 * (steps_done / total_steps) ** 3)
+                # The network ends as the average. The steps since its last update are lost.
                 if steps_done == total_steps:
-                    lookahead.update(decay=1.0)  # the network ends as the slow average
+                    lookahead.update(decay=1.0)
                     break
 
         row = {
@@ -1143,7 +1155,7 @@ def data_facts(data: dict, name: str) -> dict:
 
 def source_code() -> str:
     """Return the code that runs: this file, or all cells that ran in the notebook."""
-    if 'In' in globals():
+    if 'In' in globals():  # IPython's list of them
         return '\n\n# %%\n'.join(globals()['In'][1:])
     return pathlib.Path(__file__).read_text('utf-8')
 
@@ -1179,7 +1191,7 @@ def append_to_log(folder: pathlib.Path, code: str, run: dict):
 #                                       Trials: command line
 # -------------------------------------------------------------------------------------------------
 
-# A notebook's kernel has arguments of its own. (__file__ says nothing: VS Code sets it in a cell.)
+# In a notebook sys.argv belongs to the kernel. (__file__ is no sign: VS Code sets it in a cell.)
 IN_NOTEBOOK = sys.argv[0].endswith('kernel_launcher.py')
 
 
@@ -1191,11 +1203,11 @@ def changed_hyp(changes: list[str]) -> dict:
         key, _, text = change.partition('=')
         *groups, name = key.split('.')
         if key not in known:
-            group = f'{key.split(".")[0]}.'
-            same_group = [other for other in known if other.startswith(group)]
+            prefix = f'{key.split(".")[0]}.'
+            same_group = [other for other in known if other.startswith(prefix)]
             raise UserError(f'no {key}; there are {", ".join(same_group or known)}')
         try:
-            value = json.loads(text.lower())
+            value = json.loads(text.lower())  # lower case, so that True and False are read, too
         except ValueError:
             value = None
         if isinstance(known[key], float) and type(value) is int:
@@ -1260,15 +1272,16 @@ def parse_args(argv: list[str] | str | None) -> argparse.Namespace:
 def warm_up(data: dict, hyp: dict, device: torch.device, net=None, step=None):
     """Make short runs, so that no kernel is chosen or compiled in a timed one.
 
-    They train on one batch: an epoch is one step, so every kind of step occurs. They evaluate all
-    test images, so every batch of the evaluation occurs; eager ones on a CPU need less.
+    They train on one batch, so that an epoch is one step and steps of every kind occur. They
+    evaluate all test images, so that the smaller last batch occurs. On a CPU without --compile
+    nothing depends on the shapes, and less is enough.
     """
     hyp = copy.deepcopy(hyp)
     n_test = len(data['test']['labels'])
     repeats = 10  # then a GPU's times have settled
     if device.type == 'cpu':
         repeats = 1
-        if step is None:  # eager kernels do not depend on the shape
+        if step is None:
             n_test = EVAL_BATCH['cpu']
             hyp['opt']['batch_size'] = min(128, hyp['opt']['batch_size'])
     few = {}
