@@ -1,0 +1,346 @@
+"""fast94_muon: the optimizer, its schedule, and the step in one CUDA graph."""
+
+import copy
+import importlib
+import math
+import tempfile
+
+import pytest
+import torch
+from conftest import narrow_hyp
+from cuda_host_helpers import stand_in
+from test_scripts import SOURCES, crossings
+from torch.utils.flop_counter import FlopCounterMode
+
+EXPERIMENT = {'header', 'NAME', 'hyp', 'hyp_limits', 'CifarNet', 'infer', 'evaluate', 'train'}
+EXPERIMENT |= {'make_optimizer', 'lr_factor', 'LookaheadState', 'RecordedStep', 'CompiledStep'}
+EXPERIMENT |= {'warm_up', 'PRODUCT_DTYPE', 'orthogonalize', 'Muon', 'MuonAndSGD', 'make_schedule'}
+SHAPES = [(64, 24), (64, 64), (256, 64), (256, 256)]  # of the filters: out, in
+needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a GPU or a stand-in')
+
+
+@pytest.fixture(scope='module')
+def muon():
+    return importlib.import_module('fast94_muon')
+
+
+@pytest.fixture
+def exact_products(muon, monkeypatch):
+    monkeypatch.setitem(muon.PRODUCT_DTYPE, 'cpu', torch.float32)
+
+
+def give_grads(net, size=1.0, seed=0):
+    """Give each trained parameter a random gradient."""
+    rng = torch.Generator().manual_seed(seed)
+    for weight in net.parameters():
+        if weight.requires_grad:
+            grad = size * torch.randn(weight.shape, generator=rng)
+            weight.grad = torch.empty_like(weight).copy_(grad)
+
+
+@torch.no_grad()
+def copy_weights(net, other):
+    for weight, its_weight in zip(net.parameters(), other.parameters(), strict=True):
+        its_weight.copy_(weight)
+
+
+def assert_equal(net, other):
+    for name, weight in net.state_dict().items():
+        assert torch.equal(weight, other.state_dict()[name]), name
+
+
+def three_steps(s):
+    """Return what the iteration makes of a singular value."""
+    for _ in range(3):
+        s = 3.4576 * s - 4.7391 * s**3 + 2.0843 * s**5
+    return s
+
+
+# ---------------------------------------- Text ----------------------------------------
+def test_what_the_experiment_does_not_change_is_the_baselines_text(muon):
+    with open(muon.__file__) as file:
+        found = crossings(SOURCES['airbench94_baseline'], file.read(), EXPERIMENT)
+    gone = '-<LookaheadState>'
+    code = [line for line in found if line[1:2].strip() and line[1] != '#' and line != gone]
+    assert [line for line in code if not line.startswith(('---', '+++', '@@'))] == []
+
+
+def test_hyperparameters_have_limits_and_are_within_them(muon):
+    assert muon.hyp_limits.keys() == muon.flat_hyp(muon.hyp).keys()
+    muon.check_hyp(muon.hyp)
+
+
+# ---------------------------------------- Muon ----------------------------------------
+@pytest.mark.parametrize('rows, channels', SHAPES)
+def test_three_steps_come_near_the_polar_factor(rows, channels, muon):
+    """The singular vectors stay, all values of a gradient come near 1; in half precision."""
+    torch.manual_seed(rows + channels)
+    matrix = torch.randn(rows, 9 * channels)
+    u, s, vt = torch.linalg.svd(matrix, full_matrices=False)
+    (result,) = muon.orthogonalize(matrix[None])
+    inner = u.T @ result @ vt.T
+    expected = three_steps(s / matrix.norm())
+    assert expected.min() > 0.7 and expected.max() < 1.4
+    assert (inner.diag() - expected).abs().max() < 0.06
+    assert (inner - inner.diag().diag()).abs().max() < 0.03
+    polar_factor = u @ vt
+    assert (result * polar_factor).sum() / result.norm() / polar_factor.norm() > 0.95
+
+
+def test_the_docstrings_promise_holds(muon):
+    """Singular values from 0.02 to 1 are between 0.75 and 1.37 after three steps."""
+    values = three_steps(torch.logspace(math.log10(0.02), 0, 10**4, dtype=torch.float64))
+    assert values.min() > 0.75 and values.max() < 1.37
+
+
+@pytest.mark.parametrize('size', [1e-6, 1e6])
+def test_the_size_of_a_gradient_does_not_matter(size, muon, exact_products):
+    matrices = torch.randn(2, 8, 72, generator=torch.Generator().manual_seed(0))
+    expected = muon.orthogonalize(matrices)
+    found = muon.orthogonalize(size * matrices)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_a_gradient_of_0_stays_0(muon):
+    matrices = torch.zeros(2, 8, 72)
+    assert torch.equal(muon.orthogonalize(matrices), matrices)
+
+
+def test_filters_step_as_in_a_plain_loop(muon, exact_products):
+    """Filters of one shape in one product, and all in one foreach kernel, against one by one."""
+    hyp = narrow_hyp(muon, block1=16, block2=24, block3=24)
+    net = muon.make_net(hyp)
+    optimizer = muon.make_optimizer(net, hyp)
+    filters = {name: w for name, w in net.named_parameters() if 'conv' in name}
+    plain = {name: w.detach().clone() for name, w in filters.items()}
+    momenta = {name: torch.zeros_like(w) for name, w in plain.items()}
+    lr, m = 0.1, hyp['opt']['momentum']
+    optimizer.lrs.fill_(lr)
+    assert len({w.shape for w in plain.values()}) < len(plain)
+    for step in range(3):
+        give_grads(net, 10.0, step)
+        optimizer.step()
+        for name, weight in plain.items():
+            grad = filters[name].grad
+            momenta[name] = m * momenta[name] + grad
+            x = (grad + m * momenta[name]).flatten(1)
+            x = x / x.norm()
+            for _ in range(3):
+                a = x @ x.T
+                x = 3.4576 * x + (-4.7391 * a + 2.0843 * a @ a) @ x
+            weight *= math.sqrt(len(weight)) / weight.norm()
+            weight -= lr * x.view(weight.shape)
+        for name, weight in plain.items():
+            torch.testing.assert_close(filters[name].detach(), weight, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize('dtype', [torch.float32, torch.float16])
+@pytest.mark.parametrize('size', [1e-3, 1e3])
+def test_every_trained_parameter_moves_in_one_step(dtype, size, muon, monkeypatch):
+    """The norm of the largest gradient here, 190,000, is beyond half precision."""
+    monkeypatch.setitem(muon.DTYPE, 'cpu', dtype)
+    monkeypatch.setitem(muon.PRODUCT_DTYPE, 'cpu', torch.float16)
+    hyp = narrow_hyp(muon, block1=16, block2=64, block3=64)
+    net = muon.make_net(hyp)
+    before = {name: w.detach().clone() for name, w in net.named_parameters()}
+    give_grads(net, size)
+    optimizer = muon.make_optimizer(net, hyp)
+    optimizer.step()
+    for name, weight in net.named_parameters():
+        moved = not torch.equal(weight, before[name])
+        assert weight.isfinite().all() and moved == weight.requires_grad, name
+        if 'conv' in name:
+            turn = (weight - before[name] * math.sqrt(len(weight)) / before[name].norm()).norm()
+            assert 0.8 < turn / math.sqrt(len(weight)) / hyp['opt']['lr'] < 1.2
+
+
+def test_every_trained_parameter_has_an_optimizer(muon):
+    net = muon.make_net(muon.hyp)
+    groups = muon.make_optimizer(net, muon.hyp).param_groups
+    found = sorted(id(weight) for group in groups for weight in group['params'])
+    assert found == sorted(id(weight) for weight in net.parameters() if weight.requires_grad)
+
+
+def test_products_are_less_than_2_percent_of_a_step(muon, monkeypatch):
+    monkeypatch.setitem(muon.PRODUCT_DTYPE, 'meta', torch.float32)
+    net = muon.make_net(muon.hyp).to('meta')
+    optimizer = muon.make_optimizer(net, muon.hyp)
+    batch = 256
+    images = torch.empty(batch, 3, 24, 24, device='meta')
+    with FlopCounterMode(display=False) as step:
+        net(images).sum().backward()
+    with FlopCounterMode(display=False) as products:
+        _, filters_optimizer = optimizer.optimizers
+        filters_optimizer.step()
+    share = products.get_total_flops() / step.get_total_flops() * batch
+    assert 0 < share / muon.hyp['opt']['batch_size'] < 0.02
+
+
+# ---------------------------------------- Schedule ----------------------------------------
+def test_lrs_fall_linearly_and_the_whitening_bias_has_its_own_end(muon, data, monkeypatch):
+    """As the steps see them, with the bias frozen from the step on in which its lr would be 0."""
+    seen = []
+
+    def train_step(net, optimizer, images, targets, whiten_bias_grad):
+        seen.append((whiten_bias_grad, optimizer.lrs.tolist()))
+        return torch.zeros(()), torch.zeros(len(images), 10)
+
+    monkeypatch.setattr(muon, 'train_step', train_step)
+    hyp = narrow_hyp(muon, train_epochs=2.4, whiten_bias_epochs=1.25)  # 4 steps an epoch
+    muon.train(data, 0, hyp, quiet=True)
+    peaks = [hyp['opt'][key] for key in ('bias_lr', 'head_lr', 'bias_lr', 'lr')]
+    assert len(seen) == 10
+    for step, (trained, lrs) in enumerate(seen):
+        factor = 1 - step / 10
+        whiten_factor = max(0, 1 - step / 5)
+        factors = [factor, factor, whiten_factor, factor]
+        expected = [peak * f for peak, f in zip(peaks, factors, strict=True)]
+        assert lrs == pytest.approx(expected, rel=1e-6) and trained == (step < 5)
+
+
+# ---------------------------------------- One network ----------------------------------------
+def test_an_optimizer_in_old_memory_steps_as_a_new_one(muon):
+    """It has the old one's memory for momentum and lrs, but nothing of the values in it."""
+    hyp = narrow_hyp(muon)
+    net = muon.make_net(hyp)
+    start = copy.deepcopy(net)
+    old = muon.make_optimizer(net, hyp)
+    for seed in range(3):
+        give_grads(net, seed=seed)
+        old.step()
+    old.lrs.zero_()
+    momenta = [state['momentum_buffer'] for part in old.optimizers for state in part.state.values()]
+    results = []
+    for takes_memory in (True, False):
+        copy_weights(start, net)
+        new = muon.make_optimizer(net, hyp)
+        if takes_memory:
+            new.take_memory_of(old)
+        for seed in (5, 6):
+            give_grads(net, seed=seed)
+            new.step()
+        results.append(copy.deepcopy(net))
+        states = [state for part in new.optimizers for state in part.state.values()]
+        same = [a['momentum_buffer'] is b for a, b in zip(states, momenta, strict=True)]
+        assert set(same) == {takes_memory}
+        assert (new.lrs is old.lrs) == takes_memory
+        for lr, group in zip(new.lrs, new.param_groups, strict=True):
+            assert group['lr'].data_ptr() == lr.data_ptr()
+    assert_equal(*results)
+
+
+def test_a_second_run_on_a_network_is_the_first(muon, data):
+    hyp = narrow_hyp(muon)
+    _, net = muon.train(data, 0, hyp, quiet=True)
+    first = copy.deepcopy(net)
+    muon.train(data, 0, hyp, net=net, quiet=True)
+    assert_equal(net, first)
+
+
+# ---------------------------------------- CUDA graphs ----------------------------------------
+def fake_events():
+    """Return and forget what the host asked of the stand-in: 'kernel', 'memcpy', ... ."""
+    library = stand_in()
+    with tempfile.NamedTemporaryFile('r') as file:
+        library.fakegpu_dump(file.name.encode())
+        lines = file.read().splitlines()
+    library.fakegpu_reset()
+    return [line.split('\t')[0] for line in lines]
+
+
+@needs_cuda
+@pytest.mark.cuda_host
+def test_a_compiled_step_is_one_graph_and_at_most_8_launches(muon, monkeypatch):
+    """Of every image size, in the second run on a network, with nothing captured after the warm-up,
+    and with the momentum of the first run's optimizer."""
+    if not stand_in():
+        pytest.skip('counts on the stand-in')
+    changes = {'train_epochs': 6.0, 'low_res_epochs': [24, 24, 28], 'batch_size': 512}
+    hyp = narrow_hyp(muon, **changes)
+    data = muon.synthetic_data('cuda', train=32768, test=2500)
+    device = torch.device('cuda')
+    net = muon.make_net(hyp, device)
+    net.compile(backend='eager', dynamic=False)  # traces as compile_step does, but takes no minutes
+    step = muon.CompiledStep(net)
+    muon.warm_up(data, hyp, device, net, step)
+    stats = torch._dynamo.utils.counters['stats']
+    before = dict(step.recorded), stats['unique_graphs']
+    assert len(before[0]) == 4  # 24 pixels with and without the bias, 28, 32
+
+    class CheckedTimer(muon.Timer):
+        def __enter__(self):
+            super().__enter__()
+            torch.cuda.set_sync_debug_mode('error')
+
+        def __exit__(self, *exception):
+            torch.cuda.set_sync_debug_mode('default')
+            super().__exit__(*exception)
+
+    eigh = torch.linalg.eigh
+
+    def unchecked_eigh(matrix):
+        torch.cuda.set_sync_debug_mode('default')
+        result = eigh(matrix)
+        torch.cuda.set_sync_debug_mode('error')
+        return result
+
+    def evaluate(*args):  # its last line waits for the accuracy
+        return 0.0
+
+    monkeypatch.setattr(muon, 'Timer', CheckedTimer)
+    monkeypatch.setattr(torch.linalg, 'eigh', unchecked_eigh)
+    monkeypatch.setattr(muon, 'evaluate', evaluate)
+    momenta = []
+    for seed in (0, 1):
+        events = []
+        fake_events()
+        on_epoch = {'on_epoch': lambda row, events=events: events.append(fake_events())}
+        muon.train(data, seed, hyp, net=net, quiet=True, step=step, **on_epoch)
+        states = [part.state for part in step.optimizer.optimizers]
+        momenta.append([s['momentum_buffer'] for state in states for s in state.values()])
+    assert (dict(step.recorded), stats['unique_graphs']) == before
+    assert all(map(torch.Tensor.is_set_to, *momenta)) and len(momenta[0]) == 14
+    steps = 32768 // 512
+    for epoch, names in enumerate(events):
+        launches = sum(name in ('kernel', 'memcpy', 'memset', 'graph') for name in names)
+        assert names.count('graph') == steps
+        if epoch > 0:  # the first has the preparation, too
+            assert launches / steps < 9  # a fraction is the epoch's: its crops and its order
+
+
+@needs_cuda
+@pytest.mark.cuda_host
+def test_another_momentum_is_recorded_anew(muon):
+    """The graphs have momentum and weight decay in them, but not the lrs."""
+    hyp = narrow_hyp(muon)
+    net = muon.make_net(hyp, 'cuda').train()
+    step = muon.CompiledStep(net)
+    images = torch.zeros(4, 3, 24, 24, device='cuda', dtype=torch.half)
+    images = images.to(memory_format=torch.channels_last)
+    targets = torch.zeros(4, 10, device='cuda')
+    graphs = []
+    for lr, momentum in ((0.2, 0.6), (0.1, 0.6), (0.1, 0.7)):
+        hyp['opt'].update(lr=lr, momentum=momentum)
+        optimizer = muon.make_optimizer(net, hyp)
+        for _ in range(2):
+            step(net, optimizer, images, targets)
+        graphs.append(*step.recorded.values())
+    assert graphs[0] is graphs[1] and graphs[1] is not graphs[2]
+
+
+@needs_cuda
+@pytest.mark.cuda
+def test_compiled_runs_are_the_eager_ones(muon):
+    """Two runs on one network, in half precision. The first steps, before chaos has grown."""
+    if torch.arange(1000, device='cuda').sum().item() != 499500:
+        pytest.skip('needs a GPU that computes')
+    hyp = muon.default_hyp()
+    hyp['opt'].update(train_epochs=3.0, low_res_epochs=[24], batch_size=1024, lr=0.02)
+    data = muon.synthetic_data('cuda', train=3072, test=2000)
+    net = muon.make_net(hyp, 'cuda')
+    step = muon.compile_step(net)
+    for seed in (0, 1, 2):
+        compiled, _ = muon.train(data, seed, hyp, net=net, quiet=True, step=step)
+        eager, _ = muon.train(data, seed, hyp, quiet=True)
+        for ours, theirs in zip(compiled['epochs'], eager['epochs'], strict=True):
+            assert ours['train_loss'] == pytest.approx(theirs['train_loss'], rel=0.02)
