@@ -147,6 +147,12 @@ def test_mistake_is_one_line_and_status_2(args, message, tmp_path):
     assert not list(tmp_path.glob('logs/*'))
 
 
+def test_speed_needs_the_parts_that_it_measures():
+    status, _, err = tool('speed', 'fake.py')
+    assert (status, err.count('\n')) == (2, 1)
+    assert 'fake: speed measures CifarLoader, make_net, make_optimizer, train_step' in err
+
+
 def test_scripts_may_stand_anywhere(fake):
     """Also after the pairs of --hyp and --sweep, which do not swallow them."""
     fake('other.py')

@@ -343,6 +343,9 @@ def main(argv: list[str] | None = None) -> int:
         except UserError as error:
             print_error(str(error))
             return 2
+        except ModuleNotFoundError as error:
+            print_error(f'{error}: pip install -r requirements.txt -r tests/requirements.txt')
+            return 2
         except KeyboardInterrupt as stop:
             print_error('stopped')
             return 128 + stop.args[0]
