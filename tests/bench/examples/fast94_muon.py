@@ -587,7 +587,7 @@ PRODUCT_DTYPE = {'cuda': torch.float16, 'cpu': torch.bfloat16}
 def orthogonalize(matrices: torch.Tensor) -> torch.Tensor:
     """Return about U V^T for each matrix U S V^T in [n, rows, columns], without computing U or V.
 
-    A polynomial a X + b X X^T X + c (X X^T)^2 X has X's singular vectors, and singular values
+    a X + b X X^T X + c (X X^T)^2 X has X's singular vectors, and of each singular value s it makes
     a s + b s^3 + c s^5. After three times those from 0.02 to 1 are between 0.75 and 1.37. (It is a
     Newton-Schulz iteration; the coefficients are Hiverge's.)
     """
@@ -628,7 +628,8 @@ class Muon(torch.optim.Optimizer):
         torch._foreach_add_(buffers, grads)
         directions = torch._foreach_add(grads, buffers, alpha=momentum)  # Nesterov
 
-        # The weights get the norm sqrt(out), which that of an orthogonalized direction is, too.
+        # Each weight gets the norm sqrt(out), that of an orthogonalized direction, so a step turns
+        # it by an angle of about lr.
         scales = torch._foreach_reciprocal(torch._foreach_norm(weights))
         torch._foreach_mul_(scales, [math.sqrt(len(weight)) for weight in weights])
         torch._foreach_mul_(weights, scales)
@@ -661,13 +662,17 @@ class MuonAndSGD:
                 filters.append(module.weight)
         peak_lrs = [opt['bias_lr'], opt['head_lr'], opt['bias_lr'], opt['lr']]
         self.lrs = torch.tensor(peak_lrs, device=filters[0].device)
+        lrs = self.lrs
         decay = opt['weight_decay'] * opt['batch_size']
-        groups = []
-        others = [norm_biases, [net.head.weight], [net.whiten.bias]]
-        for params, lr, peak_lr in zip(others, self.lrs, peak_lrs, strict=False):
-            groups.append({'params': params, 'lr': lr, 'weight_decay': decay / peak_lr})
+        bias_decay = decay / opt['bias_lr']
+        head_decay = decay / opt['head_lr']
+        groups = [
+            {'params': norm_biases, 'lr': lrs[0], 'weight_decay': bias_decay},
+            {'params': [net.head.weight], 'lr': lrs[1], 'weight_decay': head_decay},
+            {'params': [net.whiten.bias], 'lr': lrs[2], 'weight_decay': bias_decay},
+        ]
         sgd = torch.optim.SGD(groups, momentum=opt['sgd_momentum'], nesterov=True, fused=True)
-        muon = Muon(filters, self.lrs[3], opt['momentum'])
+        muon = Muon(filters, lrs[3], opt['momentum'])
         self.optimizers = [sgd, muon]
         self.param_groups = sgd.param_groups + muon.param_groups
 
