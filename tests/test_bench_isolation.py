@@ -12,7 +12,10 @@ from bench.worker import pick_device
 from bench_helpers import command, lines, log_of, tool, write_fake
 from conftest import NARROW, ROOT, environment
 
-CHANGES = [f'{key}={value}' for key, value in {**NARROW, 'opt.train_epochs': 1.0}.items()]
+CHANGES = [
+    f'{key}={value}'
+    for key, value in {**NARROW, 'opt.train_epochs': 0.5, 'net.tta_level': 0}.items()
+]
 AFTER_IMPORTS = '\nhyp = {\n'
 EDITS = {
     'plain': '',
