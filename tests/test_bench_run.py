@@ -147,6 +147,13 @@ def test_mistake_is_one_line_and_status_2(args, message, tmp_path):
     assert not list(tmp_path.glob('logs/*'))
 
 
+@pytest.mark.parametrize('wrong', ['--device=cuda:7', '--hyp=opt.lr=-1'])
+def test_mistake_is_found_before_the_data_are_loaded(fake, wrong):
+    fake('fake.py', ('    return synthetic_data(device, test=64', "    print('loads'); return (0"))
+    status, out, err = tool('run', 'fake.py', wrong)
+    assert (status, out, err.count('\n')) == (2, '', 1)
+
+
 def test_speed_needs_the_parts_that_it_measures():
     status, _, err = tool('speed', 'fake.py')
     assert (status, err.count('\n')) == (2, 1)

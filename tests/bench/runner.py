@@ -55,7 +55,7 @@ class Experiment:
         for arm in self.arms:
             worker = self.loaded[arm.script.path]
             worker.label = arm.name
-            worker.call('check', arm.hyp)
+            worker.call('check', arm.hyp, options['device'], self.job.local_rank)
         self.start_workers()
         self.load_data()
         if options['resume']:

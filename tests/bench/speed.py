@@ -1,6 +1,7 @@
 """`python tests/bench speed`: how fast the parts of scripts are."""
 
 import contextlib
+import os
 import subprocess
 import sys
 import time
@@ -182,6 +183,7 @@ def command_speed(given: dict) -> int:
     modes = ['plain', 'eager']
     if not given.get('eager'):
         modes.append('compiled')
+    os.environ.setdefault('KINETO_LOG_LEVEL', '99')  # the profiler's, which reports on itself
     data_file = data.make_file()
     with contextlib.ExitStack() as workers:
 

@@ -234,9 +234,10 @@ class ArmProcess:
         self.script = contract.load_script(path)
         return dataclasses.asdict(self.script.facts())
 
-    def check(self, hyp: dict):
-        """Let the script check hyperparameters."""
+    def check(self, hyp: dict, device: str, local_rank: int):
+        """Check hyperparameters and device, before any work."""
         self.script.check_hyp(hyp)
+        pick_device(device, local_rank)
 
     def make_data(self, data_dir: str | None, holdout: int | None) -> dict:
         """Load the data, or make them up, and write them for all. Returns facts and layout."""
@@ -252,7 +253,7 @@ class ArmProcess:
         return {'facts': facts, 'layout': data.write(self.data_file, loaded)}
 
     def open_data(self, layout: dict, device: str, local_rank: int):
-        """Take the data that a process has written."""
+        """Take the data that a process has written, to a device."""
         from bench import data
 
         self.device = pick_device(device, local_rank)
