@@ -298,6 +298,12 @@ def test_a_diverged_run_is_said_to_make_the_interval(tmp_path):
     assert re.search(r'mine 12 90\.\d\d \+- \d\.\d\d % 12\.\d\d 7/12 1/12', text)  # it counts
 
 
+def test_a_run_at_chance_is_named_with_advice(tmp_path):
+    text = show(write(tmp_path / 'a.jsonl', make_runs('base', [94.0, 10.9, 11.1, 9.1])))
+    named = re.findall(r'At chance: base, run (\d), .* %; try a lower opt.lr', text)
+    assert named == ['2', '4']
+
+
 def test_margin_asks_for_non_inferiority(two_arms):
     text = joined(show(two_arms, margin=0.6))
     assert 'not inferior by more than 0.6 points (one-sided 95% bound -0.50)' in text

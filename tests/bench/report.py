@@ -271,6 +271,17 @@ def diverged_lines(results: Results) -> list[str]:
     return lines
 
 
+def chance_lines(results: Results) -> list[str]:
+    """Name the runs that did not learn: within a point of guessing."""
+    lines = []
+    for name, runs in results.arms.items():
+        for run in runs:
+            if abs(run.accuracy - 100 / run.classes) < 1:
+                where = f'{whole(name)}, run {run.turn or "?"}, {run.accuracy:.2f} %'
+                lines.append(f'At chance: {where}; try a lower opt.lr or more epochs')
+    return lines[:MOST_DIVERGED]
+
+
 # ---------------------------------------- Comparisons ----------------------------------------
 
 
@@ -504,6 +515,7 @@ def report_lines(results: Results, width: int) -> list[str]:
         lines += table_lines(list(results.arms), columns, width)
         lines.append(wrapped(legend_line(results, columns), width))
         lines += [wrapped(line, width) for line in diverged_lines(results)]
+        lines += [wrapped(line, width) for line in chance_lines(results)]
         if len(results.arms) > 1:
             lines += ['', *comparison_lines(results, width)]
         lines += ['', *machine_lines(results)]
