@@ -127,6 +127,8 @@ def test_sweep_makes_every_combination_and_names_the_present_values(fake, tmp_pa
 def test_sweep_without_the_present_value_is_compared_with_it(fake):
     arms = arms_of([fake], common=['opt.lr=7'], sweeps=['opt.lr=8,9'])
     assert [arm.name for arm in arms] == ['fake opt.lr=7', 'fake opt.lr=8', 'fake opt.lr=9']
+    arms = arms_of([fake], sweeps=['fake.list=[1,2],[3]'])
+    assert [arm.name for arm in arms][:2] == ['fake fake.list=[16,24]', 'fake fake.list=[1,2]']
     assert 'it needs values' in refusal(fake, sweeps=['opt.lr='])
 
 

@@ -72,7 +72,7 @@ def value_text(value: object) -> str:
     """Return how the command line writes a value."""
     if isinstance(value, str):
         return value
-    return json.dumps(value).removesuffix('.0')
+    return json.dumps(value, separators=(',', ':')).removesuffix('.0')
 
 
 def split_commas(text: str) -> list[str]:
