@@ -30,6 +30,7 @@ search chose. All else is airbench94 (Keller Jordan, arXiv:2404.00498):
 - Test: the mean of six views (test-time augmentation, TTA) or, for most images, one view.
 
     python tests/bench/examples/fast94_muon.py --compile              five runs and their table
+    python tests/bench/examples/fast94_muon.py --trials 5 --runs 25 --quiet --compile
     python tests/bench run airbench94_baseline.py tests/bench/examples/fast94_muon.py --holdout
 
 In a notebook: paste this file into a cell and run it. Then main(['--trials', '1']) does what the
@@ -860,7 +861,7 @@ class RecordedStep:
 class CompiledStep:
     """`train_step` for a compiled network; on CUDA it is one launch, optimizers and all.
 
-    A step has about 170 kernels, and a GPU finishes them faster than the host launches them. So
+    A step has about 150 kernels, and a GPU finishes them faster than the host launches them. So
     they are recorded as a CUDA graph, which is one launch. There is a graph for each kind of step:
     the shape of the images, and whether the whitening bias is trained.
 
