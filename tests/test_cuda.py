@@ -67,6 +67,7 @@ def run_main(gpu_data, monkeypatch, tmp_path):
 def test_a_run_from_the_command_line(script, run_main):
     (run,) = run_main(script, '--hyp', 'opt.train_epochs=2', *NARROW_ARGS)
     assert run['dtype'] == 'float16' and run['peak_bytes'] > 0 and len(run['epochs']) == 2
+    assert run['cuda'] == torch.version.cuda and 'driver' in run
 
 
 @pytest.mark.cuda_host

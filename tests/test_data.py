@@ -4,6 +4,7 @@ import contextlib
 import gzip
 import hashlib
 import http.server
+import importlib
 import io
 import itertools
 import os
@@ -21,8 +22,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 import torchvision
-from conftest import NARROW_ARGS, ROOT, assert_refused, limited, live, times
+from conftest import NARROW_ARGS, ROOT, SCRIPTS, assert_refused, limited, live, times
 
 RNG = np.random.default_rng(0)
 IMAGES = torch.from_numpy(RNG.integers(256, size=(24, 32, 32, 3), dtype=np.uint8))
@@ -485,3 +487,29 @@ def test_synthetic_data_has_the_form_of_cifar_and_is_always_the_same(script):
         assert images.dtype == torch.uint8 and images.shape == (n, 32, 32, 3)
         assert labels.dtype == torch.int64 and {*labels.tolist()} == {*range(10)}
         assert len(classes) == 10
+
+
+SMALL = 12, 24576, 1.5  # pixels, images, epochs: 20 seconds
+# fast94 without its small images trains exactly as the baseline does: it has no small form.
+LEARNING = [(name, *SMALL) for name in ('airbench94_baseline', 'airbench94_modified')]
+LEARNING += [pytest.param(name, 32, 50000, 2.0, marks=pytest.mark.campaign) for name in SCRIPTS]
+
+
+@pytest.mark.parametrize('name, pixels, n, epochs', LEARNING)
+def test_synthetic_images_are_learned_with_a_scripts_own_hyperparameters(name, pixels, n, epochs):
+    """At full width; in the ordinary suite images are smaller and fewer."""
+    script = importlib.import_module(name)
+    data = script.synthetic_data('cpu', train=n, test=500)
+    for split in data.values():
+        images = split['images'].permute(0, 3, 1, 2).float()
+        images = F.interpolate(images, pixels, mode='area').round().byte()
+        split['images'] = images.permute(0, 2, 3, 1).contiguous()
+    hyp = script.default_hyp()
+    hyp['opt']['train_epochs'] = epochs
+    hyp['net']['tta_level'] = 0
+    torch.set_num_threads(2)  # of the many tests, this one gains from it
+    try:
+        record, _ = script.train(data, 1, hyp, quiet=True)
+    finally:
+        torch.set_num_threads(1)
+    assert record['tta_acc'] > 0.8

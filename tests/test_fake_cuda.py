@@ -66,7 +66,8 @@ def fake_cuda(monkeypatch):
     """Let torch take tensors on a GPU that is not there."""
     monkeypatch.setattr(nn.Module, '_apply', convert)
     monkeypatch.setattr(torch.Tensor, 'backward', backward)
-    for name in ('synchronize', 'max_memory_allocated', 'get_device_name'):
+    asked = 'synchronize', 'reset_peak_memory_stats', 'max_memory_allocated', 'get_device_name'
+    for name in asked:
         monkeypatch.setattr(torch.cuda, name, lambda device=None: 0)
     with FakeTensorMode():
         try:
@@ -155,6 +156,13 @@ def test_compiled_graphs_are_whole_half_precision_and_without_atomics(
     assert len(convolutions) == 14 + 6 * ('modified' in script.__name__)  # each way
     for node in convolutions:
         assert all(argument.meta['val'].dtype == torch.float16 for argument in node.args[:2])
+
+
+def test_a_compiled_step_refuses_another_network(baseline, nothing_compiled):
+    nets = [baseline.make_net(narrow_hyp(baseline)) for _ in range(2)]
+    step = baseline.compile_step(nets[0])
+    with pytest.raises(ValueError, match='another network'):
+        step(nets[1], None, torch.zeros(1), torch.zeros(1))
 
 
 POOLS = [  # size, stride, padding, height, and whether it is left to Inductor

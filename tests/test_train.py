@@ -229,6 +229,7 @@ def test_record(quiet, script, data):
     assert all(set(row) == ROW for row in record['epochs'])
     assert [row['test_acc'] is None for row in record['epochs']] == [quiet] * 2
     assert json.loads(json.dumps(record)) == record
+    assert record['device'].endswith(', threads: 1')
     share = [0.2] if script.NAME == 'fast94' else []
     loader = script.CifarLoader(data, train=False)
     assert record['tta_acc'] == script.evaluate(net, loader, 2, *share)
