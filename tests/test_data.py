@@ -507,9 +507,5 @@ def test_synthetic_images_are_learned_with_a_scripts_own_hyperparameters(name, p
     hyp = script.default_hyp()
     hyp['opt']['train_epochs'] = epochs
     hyp['net']['tta_level'] = 0
-    torch.set_num_threads(2)  # of the many tests, this one gains from it
-    try:
-        record, _ = script.train(data, 1, hyp, quiet=True)
-    finally:
-        torch.set_num_threads(1)
+    record, _ = script.train(data, 1, hyp, quiet=True)
     assert record['tta_acc'] > 0.8
