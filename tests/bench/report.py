@@ -428,7 +428,7 @@ def method_lines(results: Results, judged: list[Judged]) -> list[str]:
         lines = [
             f'Compared turn by turn (paired t-test). Looks after {every} turns; one decides at '
             f'{whole(f"p < {p:.4f}")}, so that all looks and {comparisons} together give 5% of '
-            'false alarms (Pocock, Bonferroni). The intervals are of that level.'
+            'false alarms (Pocock, Bonferroni). Intervals of accuracy are of that level.'
         ]
     else:
         lines = [paired_or_welch(judged)]
