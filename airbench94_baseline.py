@@ -25,8 +25,8 @@ uses all images; for these the author reports 94.01 % in 3.83 s on an A100 (n = 
 The sections on hyperparameters, loader, network, optimizer and training are the recipe. Data files,
 compilation, log and command line can be read last.
 
-In a notebook: paste this file into a cell and run it. Then main(['--trials', '1']) does what the
-command line does. The log keeps the text of all cells that you ran.
+In a notebook: paste this file into a cell and run it. Then runs = main(['--trials', '1']) does what
+the command line does. The log keeps the text of all cells that you ran.
 """
 
 import argparse

@@ -32,8 +32,8 @@ less than the baseline; the README says which change costs what.
 The sections on hyperparameters, loader, network, optimizer and training are the recipe. Data files,
 compilation, log and command line can be read last.
 
-In a notebook: paste this file into a cell and run it. Then main(['--trials', '1']) does what the
-command line does. The log keeps the text of all cells that you ran.
+In a notebook: paste this file into a cell and run it. Then runs = main(['--trials', '1']) does what
+the command line does. The log keeps the text of all cells that you ran.
 """
 
 import argparse
