@@ -27,7 +27,7 @@ search chose. All else is airbench94 (Keller Jordan, arXiv:2404.00498):
   linear layer. 1,972,792 parameters; a run takes 0.58 of the baseline's FLOP.
 - Augmentation: each image is mirrored in every second epoch and shifted by up to two pixels.
 - Training: 8.8 epochs in half precision, batches of 1536, label smoothing.
-- Test: the mean of six views (test-time augmentation, TTA) or, for most images, one view.
+- Test: a weighted mean over six views (test-time augmentation, TTA) or, for most images, one view.
 
     python tests/bench/examples/fast94_muon.py --compile              five runs and their table
     python tests/bench/examples/fast94_muon.py --trials 5 --runs 25 --quiet --compile
@@ -352,8 +352,8 @@ def batch_crop(images: torch.Tensor, offsets: torch.Tensor, size: int) -> torch.
     """
     n, channels = images.shape[:2]
     rows = images.permute(0, 2, 3, 1).flatten(2)  # [N, H, W * C], a view if channels_last
-    # unfold makes windows along an axis and puts what is in a window last. So windows[n, y, x] is
-    # the crop of image n that begins at row y and column x.
+    # x.unfold(axis, size, step) replaces an axis by the number of the window, and appends an axis
+    # of length size. So windows[n, y, x] is the crop of image n at row y and column x.
     windows = rows.unfold(1, size, 1)  # [N, H - size + 1, W * C, size], a view
     windows = windows.unfold(2, size * channels, channels)  # [N, y, x, size, size * C], a view
     every = torch.arange(n, device=images.device)
@@ -378,13 +378,14 @@ class CifarLoader:
         images [B, 3, 32, 32], channels_last, float16 on CUDA, else float32; labels int64 [B].
 
     Attributes:
-        images: [N, 3, 32, 32] in [0, 1], not normalized. To select images, assign other tensors
-            to images and labels; the next epoch uses them. A change in place is not noticed.
+        images: [N, 3, 32, 32] in [0, 1], not normalized. To train on a subset, assign
+            loader.images = loader.images[keep], and the same for labels, between epochs. A change
+            in place is not noticed, nor is another aug.
         labels: int64 [N]. classes: their names.
         epoch: how many epochs have begun.
-        proc_images: computed once, when the first epoch begins. 'norm': the images normalized;
-            'flip', if aug has flip: norm, of which a random half is mirrored; 'pad', if aug has
-            translate: flip, or else norm, reflect-padded.
+        proc_images: computed once, when the first epoch begins. 'norm': normalized images.
+            'flip' (only with aug flip): norm with a random half mirrored. 'pad' (only with aug
+            translate): flip if there is one, else norm, reflect-padded.
     """
 
     def __init__(
@@ -402,11 +403,12 @@ class CifarLoader:
         self.labels = split['labels'].to(device)
         self.classes = split['classes']
         self.batch_size = batch_size
-        self.aug = {'flip': False, 'translate': 0}
+        self.aug = {'flip': False, 'translate': 0}  # a new augmentation needs a value here
+        known = set(self.aug)
         self.aug.update(aug or {})
-        unknown = set(self.aug) - {'flip', 'translate'}
+        unknown = set(self.aug) - known
         if unknown:
-            raise UserError(f'no aug.{unknown.pop()}; aug has flip and translate')
+            raise UserError(f'no aug.{unknown.pop()}; aug has {", ".join(sorted(known))}')
         self.drop_last = train if drop_last is None else drop_last
         self.shuffle = train if shuffle is None else shuffle
         self.epoch = 0
@@ -508,8 +510,8 @@ class ConvGroup(nn.Module):
         self.norm2 = BatchNorm(out_channels, batchnorm_momentum)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        # The pooling drops the last row and column of a map of odd size. Without padding on the
-        # right and below, conv1 does not compute these.
+        # At odd sizes the pooling would drop conv1's last row and column. So they are not
+        # computed: no padding on the right and below.
         odd = x.shape[-1] % 2
         x = F.pad(x, (1, 1 - odd, 1, 1 - odd))
         x = self.conv1(x)
@@ -520,7 +522,7 @@ class ConvGroup(nn.Module):
 
 
 class CifarNet(nn.Module):
-    """Images [N, 3, 32, 32] -> logits [N, num_classes]. Call `init_whitening` first."""
+    """Images [N, 3, 32, 32] -> logits [N, num_classes]. Call `init_whitening` before training."""
 
     def __init__(self, hyp: dict, num_classes: int = 10):
         super().__init__()
@@ -779,9 +781,10 @@ def infer(
 ) -> torch.Tensor:
     """Return float32 logits [N, num_classes] of the loader's images, in order and not augmented.
 
-    tta_level: the views that are averaged; 0 the image, 1 also its mirror image, 2 also both of
-    them shifted by one pixel to the upper left and to the lower right. tta_share: the share of the
-    images that get these views, those whose two largest logits are closest; the others get one.
+    tta_level: the views that are averaged. 0: the image. 1: its mirror image, too. 2: the image
+    shifted by one pixel along the diagonal, either way, and the mirror images of these, too.
+    tta_share: the share of the images that get these views, those whose two largest logits are
+    closest; the others get one.
     """
     if tta_level not in (0, 1, 2):
         raise ValueError(f'tta_level {tta_level}: it must be 0, 1 or 2')
@@ -814,7 +817,7 @@ def evaluate(
 
 
 # -------------------------------------------------------------------------------------------------
-#                    The training step, and its compilation (--compile; read it last)
+#                                        The training step
 # -------------------------------------------------------------------------------------------------
 
 
@@ -839,6 +842,11 @@ def train_step(
     loss, logits = loss_and_grads(net, images, targets, whiten_bias_grad)
     optimizer.step()
     return loss, logits
+
+
+# -------------------------------------------------------------------------------------------------
+#                             Compilation (--compile; can be read last)
+# -------------------------------------------------------------------------------------------------
 
 
 @functools.cache
