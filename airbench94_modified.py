@@ -185,7 +185,7 @@ def find_problem(content) -> str | None:
         return f'labels must be integers [{len(images)}], but are {found}'
     if not isinstance(classes, (list, tuple)):
         return 'classes must be a list of names'
-    if labels.min() < 0 or labels.max() >= len(classes):
+    if labels.long().min() < 0 or labels.long().max() >= len(classes):
         return f'labels must be from 0 to {len(classes) - 1}, as for its classes'
     return None
 
@@ -828,7 +828,8 @@ class CompiledStep:
         images = images.clone()
         targets = targets.clone()
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, self.pool, capture_stream(images.device)):
+        stream = capture_stream(images.device)
+        with torch.cuda.device(images.device), torch.cuda.graph(graph, self.pool, stream):
             loss, logits = loss_and_grads(self.net, images, targets, whiten_bias_grad)
         self.pool = graph.pool()
         grads = [parameter.grad for parameter in self.net.parameters()]
@@ -1221,6 +1222,8 @@ def changed_hyp(changes: list[str]) -> dict:
             value = json.loads(text.lower())  # lower case, so that True and False are read, too
         except ValueError:
             value = None
+        if isinstance(known[key], str):
+            value = text
         if isinstance(known[key], float) and type(value) is int:
             value = float(value)
         if type(value) is not type(known[key]):

@@ -160,6 +160,22 @@ def test_copies_count_once_and_logs_can_be_concatenated(two_arms, tmp_path):
     assert arms_of(tmp_path / 'cat.jsonl', two_arms) == {'base': 12, 'mine': 12}
 
 
+def test_a_run_that_repeats_another_with_another_result_is_noted(two_arms, tmp_path):
+    other = tmp_path / 'other.jsonl'
+    text = (two_arms / 'runs.jsonl').read_text()
+    other.write_text(text.replace('"tta_acc": 0.9', '"tta_acc": 0.8'))
+    assert 'Note: 12 runs repeat others' in show(two_arms, other)
+    assert 'repeat others' not in show(two_arms, two_arms)
+
+
+def test_another_reference_of_a_sequential_experiment_is_noted(two_arms):
+    options = {'until_sure': 0.1, 'runs': 6, 'hyp': []}
+    content = {'schema': records.SCHEMA, 'options': options}
+    (two_arms / records.EXPERIMENT).write_text(json.dumps(content))
+    assert 'do not allow for its looks' in joined(show(two_arms, reference='mine'))
+    assert 'do not allow for its looks' not in joined(show(two_arms))
+
+
 @pytest.mark.parametrize('key', ['"sha256": "', '"train": ', '"test_labels_crc32": '])
 def test_other_code_and_other_data_are_not_pooled_under_one_name(key, two_arms, tmp_path):
     other = tmp_path / 'other.jsonl'
@@ -293,7 +309,7 @@ def test_a_diverged_run_is_said_to_make_the_interval(tmp_path):
     runs = make_runs('base', TWELVE) + make_runs('mine', fallen, 1)
     text = joined(show(write(tmp_path / 'a.jsonl', runs)))
     assert '(12 pairs, p = 0.340); 1 diverged run makes this interval' in text
-    assert 'without it: +0.01 points (+0.01 to +0.01), 11 pairs' in text
+    assert 'without it: +0.01 points (+0.01 to +0.01) (95%), 11 pairs' in text
     assert 'Diverged: mine, run 4, 50.70 %' in text
     assert re.search(r'mine 12 90\.\d\d \+- \d\.\d\d % 12\.\d\d 7/12 1/12', text)  # it counts
 

@@ -107,10 +107,16 @@ def test_holdout_tests_on_the_last_training_images(fake):
 
 
 def test_holdout_of_synthetic_images_and_one_that_leaves_nothing():
-    assert tool('run', 'fake.py', '--runs', 1, '--synthetic', '--holdout', 255)[0] == 0
-    assert lines(log_of())[0]['data']['train'] == 1
+    assert tool('run', 'fake.py', '--runs', 1, '--synthetic', '--holdout', 156)[0] == 0
+    assert lines(log_of())[0]['data']['train'] == 100
     status, _, err = tool('run', 'fake.py', '--runs', 1, '--holdout')
     assert (status, err) == (2, 'bench: fake: --holdout 10000: there are 256 training images\n')
+
+
+def test_holdout_of_images_sorted_by_class_is_refused(fake):
+    fake('fake.py', ('labels = rng.integers(0, 10, n)', 'labels = np.arange(n) * 10 // n'))
+    status, _, err = tool('run', 'fake.py', '--runs', 1, '--holdout', 50)
+    assert status == 2 and 'shuffle the training images' in err
 
 
 def test_what_a_script_does_to_its_data_stays_in_its_process(fake):
@@ -168,6 +174,13 @@ def test_scripts_may_stand_anywhere(fake):
     assert status == 0, err
     arms = sorted((run['arm_index'], run['arm']) for run in lines(log_of()))
     assert arms == [(0, 'fake'), (1, 'other opt.lr=3'), (2, 'other')]
+
+
+def test_an_option_with_a_default_value_does_not_swallow_a_script():
+    status, _, err = tool('run', '--holdout', 'fake.py', '--runs', '1')
+    assert (status, err) == (2, 'bench: fake: --holdout 10000: there are 256 training images\n')
+    status, out, _ = tool('run', '--runs', '5', '--until-sure', 'fake.py', 'fake.py:opt.lr=3')
+    assert status == 0 and 'Looks after 5 turns' in out
 
 
 @pytest.mark.parametrize(

@@ -191,6 +191,11 @@ def test_the_last_of_two_values_for_a_hyperparameter_holds(call, short):
     assert (run['hyp']['opt.lr'], run['hyp']['aug.flip']) == (7.0, False)
 
 
+def test_a_string_in_hyp_of_an_edited_copy_can_be_set(baseline, monkeypatch):
+    monkeypatch.setitem(baseline.hyp['net'], 'activation', 'gelu')
+    assert baseline.changed_hyp(['net.activation=ReLU'])['net']['activation'] == 'ReLU'
+
+
 def test_a_string_is_a_command_line(call, data_dir, baseline):
     words = f'--data-dir {data_dir} --trials 1 --quiet {" ".join(NARROW_ARGS)}'
     (run,) = baseline.main(words)

@@ -56,10 +56,12 @@ def test_good_files_are_read_as_they_are_without_torchvision(script, data, data_
 
 def test_own_data_may_have_small_labels_other_classes_and_more_entries(baseline, tmp_path):
     names = [*map(str, range(100))]
-    own = {'labels': TRAIN['labels'].byte(), 'classes': tuple(names), 'source': 'a camera'}
-    torch.save(TRAIN | own, tmp_path / 'train.pt')
-    loaded = baseline.read_split(tmp_path / 'train.pt')
-    assert_same({'train': loaded}, {'train': TRAIN | {'classes': names}})
+    for dtype in (torch.uint8, torch.uint16, torch.int32):
+        labels = TRAIN['labels'].to(dtype)
+        own = {'labels': labels, 'classes': tuple(names), 'source': 'a camera'}
+        torch.save(TRAIN | own, tmp_path / 'train.pt')
+        loaded = baseline.read_split(tmp_path / 'train.pt')
+        assert_same({'train': loaded}, {'train': TRAIN | {'classes': names}})
 
 
 REFUSED = {  # kind: the content, a word of what the line says

@@ -115,6 +115,7 @@ RUN_OPTIONS = [
     Option('--log-dir', 'DIR', 'gets a folder for the experiment (default: logs)', str, 'logs'),
     Option('--resume', 'DIR', 'make the runs that this log folder lacks'),
 ]
+ALONE = {option.name: option.alone for option in RUN_OPTIONS if option.alone is not None}
 SHOW_OPTIONS = [
     Option('logs', 'LOG', 'log folders or runs.jsonl files', many=True),
     Option('--plot', 'FILE', 'draw a figure; the suffix is its format'),
@@ -169,7 +170,9 @@ def sort_pairs(argv: list[str]) -> list[str]:
         if word.startswith('--'):
             option = word if word in ('--hyp', '--sweep') else None
             following = argv[i + 1] if i + 1 < len(argv) else '--'
-            if option is None or following.startswith('--'):
+            if word in ALONE and not following[:1].isdigit():
+                words.append(f'{word}={ALONE[word]}')  # a script may follow
+            elif option is None or following.startswith('--'):
                 words.append(word)
             continue
         is_script = ':' in word or word.endswith('.py') or os.path.isfile(word)

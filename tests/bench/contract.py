@@ -29,8 +29,8 @@ and may have
     CifarLoader, make_net, make_optimizer, train_step
                            for `speed`
 
-device is a torch.device, or the text 'cpu' where the script has not imported torch. The tool gives
-copies of hyp, and never changes it. Each arm has a process of its own.
+device is a torch.device, or the text 'cpu' where the script has not imported torch at its top. The
+tool gives copies of hyp, and never changes it. Each arm has a process of its own.
 """
 
 import copy
@@ -164,7 +164,7 @@ class Script:
             data = first_images(data, WARM_UP_BATCHES * hyp[BATCH_SIZE], WARM_UP_TEST_IMAGES)
             epochs = hyp[TRAIN_EPOCHS]
             hyp = {**hyp, TRAIN_EPOCHS: min(epochs, type(epochs)(1))}
-        self.train(data, 0, hyp, device, quiet=True, **compiled)
+        self.train(data, 0, hyp, device, quiet=True, on_epoch=lambda row: None, **compiled)
 
     def loader(self, data: dict, hyp: dict, device):
         """Return the loader of training batches, for `speed`."""

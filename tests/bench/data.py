@@ -33,6 +33,13 @@ def hold_out(data: dict, n: int) -> dict:
     for key in TENSORS:
         split['train'][key] = train[key][:left]
         split['test'][key] = train[key][left:]
+    kept = set(split['train']['labels'].tolist())
+    held = set(split['test']['labels'].tolist())
+    if not held <= kept:  # the images are sorted by class
+        raise UserError(
+            f'--holdout {n}: the last {n} images have classes that the others lack; '
+            'shuffle the training images'
+        )
     return split
 
 
@@ -86,7 +93,9 @@ def read(file: int, layout: dict, device) -> dict:
             count = int(np.prod(place['shape']))
             array = np.frombuffer(memory, dtype, count, place['start']).reshape(place['shape'])
             if place['tensor']:
-                torch = sys.modules['torch']  # the script has imported it
+                torch = sys.modules.get('torch')
+                if torch is None:
+                    raise UserError('the data are torch tensors, but the script imports no torch')
                 data[split][key] = torch.from_numpy(array).to(device)
             else:
                 data[split][key] = array

@@ -371,8 +371,14 @@ def read(paths: list[str]) -> Log:
         notes += remarks
     notes += left_out(files)
     unique = {}
+    repeated = 0
     for run in name_script_arms(lines):
-        unique[to_json([*identity(run), run.seed, run.trial, run.turn])] = run
+        key = to_json([*identity(run), run.seed, run.trial, run.turn])
+        if key in unique and unique[key] != run:
+            repeated += 1
+        unique[key] = run
+    if repeated:
+        notes.append(f'{repeated} runs repeat others (arm, seed and turn): the later ones count')
     given = []
     for experiment in experiments:
         given.append(experiment['options'].get('hyp', []) if experiment else [])

@@ -92,9 +92,13 @@ def results_of(logs: list[str], given: dict) -> Results:
         raise UserError(f'{names}: no finished run yet')
     reference = given.get('reference')
     arms = put_reference_first(arms, reference)
-    until_sure = None
-    if reference is None:
-        until_sure = logged.get('until_sure')
+    until_sure = logged.get('until_sure')
+    if reference is not None and until_sure:
+        until_sure = None
+        log.notes.append(
+            'These arms were stopped by --until-sure with another reference: '
+            'p and intervals do not allow for its looks'
+        )
     return Results(
         label_arms(arms, given.get('label', [])),
         target=given.get('target', logged.get('target', TARGET)),
@@ -372,7 +376,10 @@ def numbers_line(one: Judged, with_times: bool) -> str:
 
 
 def diverged_clause(comparison: Comparison) -> tuple[str, str]:
-    """Return what a sentence says of diverged runs, and the line of numbers without them."""
+    """Return what a sentence says of diverged runs, and the line of numbers without them.
+
+    The interval of that line is of 95 %.
+    """
     bad = [*diverged(comparison.sample), *diverged(comparison.reference)]
     if not bad:
         return '', ''
@@ -383,7 +390,7 @@ def diverged_clause(comparison: Comparison) -> tuple[str, str]:
         return clause, ''
     difference = rest.difference()
     it = 'it' if len(bad) == 1 else 'them'
-    return clause, f'without {it}: {whole(points_text(difference))}, {whole(rest.n_text)}'
+    return clause, f'without {it}: {whole(points_text(difference))} (95%), {whole(rest.n_text)}'
 
 
 def comparison_lines(results: Results, width: int) -> list[str]:

@@ -49,6 +49,8 @@ class Worker:
 
         data_file: descriptor of the file that `data` writes and reads.
         """
+        if os.name == 'nt':
+            raise UserError('run and speed need Linux or macOS; on Windows use WSL')
         self.label = ''  # the arm's name, in front of what is wrong with it
         self.connection, theirs = Pipe()
         files = (theirs.fileno(), data_file)
@@ -132,7 +134,7 @@ class Worker:
         """End the process, and those that it started."""
         if self.connection.closed:
             return
-        with contextlib.suppress(ProcessLookupError):
+        with contextlib.suppress(ProcessLookupError, PermissionError):  # macOS: it has ended
             os.killpg(self.process.pid, signal.SIGKILL)
         self.process.wait()
         self.connection.close()

@@ -2,8 +2,8 @@
 
 It comes from a search on CPUs with few runs, takes 0.58 of the baseline's FLOP, and has not run on
 a GPU. fast94.py stays the verified recipe until this one has equalled the baseline in 25 runs or
-more (40,000 / 10,000 of the training images, seeds that no search has seen). It has no finished run
-yet.
+more (40,000 / 10,000 of the training images, seeds that no search has seen). So far: 93.62 % (n =
+1).
 
 `diff airbench94_baseline.py tests/bench/examples/fast94_muon.py` is the experiment:
 
@@ -191,7 +191,7 @@ def find_problem(content) -> str | None:
         return f'labels must be integers [{len(images)}], but are {found}'
     if not isinstance(classes, (list, tuple)):
         return 'classes must be a list of names'
-    if labels.min() < 0 or labels.max() >= len(classes):
+    if labels.long().min() < 0 or labels.long().max() >= len(classes):
         return f'labels must be from 0 to {len(classes) - 1}, as for its classes'
     return None
 
@@ -916,7 +916,8 @@ class CompiledStep:
         images = images.clone()
         targets = targets.clone()
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, self.pool, capture_stream(images.device)):
+        stream = capture_stream(images.device)
+        with torch.cuda.device(images.device), torch.cuda.graph(graph, self.pool, stream):
             loss, logits = train_step(self.net, self.optimizer, images, targets, whiten_bias_grad)
         self.pool = graph.pool()
         return RecordedStep(graph, images, targets, loss, logits)
@@ -1307,6 +1308,8 @@ def changed_hyp(changes: list[str]) -> dict:
             value = json.loads(text.lower())  # lower case, so that True and False are read, too
         except ValueError:
             value = None
+        if isinstance(known[key], str):
+            value = text
         if isinstance(known[key], float) and type(value) is int:
             value = float(value)
         if type(value) is not type(known[key]):
