@@ -64,9 +64,9 @@ NAME = 'airbench94_baseline'
 #   it is when you change batch_size. make_optimizer divides lr by 1024, whatever the batch.
 # - Momentum multiplies the steps by about 1 / (1 - momentum). make_optimizer divides lr by
 #   1 + 1 / (1 - momentum), as airbench94 does: leave lr as it is when you change momentum.
-# - weight_decay is divided by the same factor, and by the lr, as PyTorch multiplies it by the lr:
-#   another lr does not change how fast the weights shrink. How much they shrink in a step grows
-#   with batch_size and follows lr_factor.
+# - make_optimizer multiplies weight_decay by batch_size, divides it by the same two factors, and
+#   then by the lr, because PyTorch multiplies it by the lr. So a step, with its momentum, shrinks
+#   a weight by about weight_decay * batch_size / 1024 * lr_factor of itself, at any lr.
 
 hyp = {
     'opt': {
@@ -87,7 +87,7 @@ hyp = {
         'widths': {'block1': 64, 'block2': 256, 'block3': 256},
         'batchnorm_momentum': 0.6,  # share of the old running statistic that is kept
         'scaling_factor': 1 / 9,  # of the logits
-        'tta_level': 2,  # views of a test image: 0 one, 1 with its mirror image, 2 six
+        'tta_level': 2,  # 0: the test image; 1: its mirror image, too; 2: six views (see infer)
     },
 }
 
@@ -370,7 +370,7 @@ class CifarLoader:
         epoch: how many epochs have begun.
         proc_images: computed once, when the first epoch begins. 'norm': normalized images.
             'flip' (only with aug flip): norm with a random half mirrored. 'pad' (only with aug
-            translate): flip if there is one, else norm, reflect-padded.
+            translate): 'flip', or 'norm' if there is no 'flip', with a reflected border.
     """
 
     def __init__(
@@ -573,8 +573,9 @@ def make_optimizer(net: nn.Module, hyp: dict) -> torch.optim.Optimizer:
     """Return Nesterov SGD on all that is trained; BatchNorm's biases have a larger lr.
 
     For another optimizer change this function alone. `lr_factor` multiplies the lr of each group.
-    On CUDA all weights but BatchNorm's are float16, and their gradients, too: the squares that Adam
-    keeps overflow there unless they are kept in float32. Source: arXiv:2404.00498.
+    On CUDA weights and gradients are float16, except BatchNorm's. torch's Adam keeps its averages
+    in the dtype of the weights, where squared gradients overflow: keep them in float32. Source:
+    arXiv:2404.00498.
     """
     opt = hyp['opt']
     scale = 1024 * (1 + 1 / (1 - opt['momentum']))  # see the comment above hyp
@@ -963,7 +964,7 @@ def train(
 
     with timer:
         test_loader = CifarLoader(data, False, EVAL_BATCH[device.type], device=device)
-        test_loader.precompute()
+        test_loader.precompute()  # now, as it belongs to the training time
         train_loader = CifarLoader(data, True, opt['batch_size'], hyp['aug'], device=device)
         total_steps = math.ceil(len(train_loader) * opt['train_epochs'])
         net.init_whitening(train_loader.normalize(train_loader.images[:5000]))

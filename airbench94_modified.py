@@ -5,7 +5,7 @@
 1. Static precomputation: CifarLoader.__init__ normalizes, mirrors and pads the images.
 2. Residual groups: max-pooling and a 1x1 convolution as a shortcut past each ConvGroup.
 3. Schedule: 8 epochs in place of 9.9, batches of 1536 in place of 1024, lr times 1.5.
-4. Data pipeline: batches are cut straight from the padded images.
+4. Data pipeline: no conversion per batch; batches are cut straight from the padded images.
 
 All else is airbench94 (Keller Jordan, arXiv:2404.00498):
 
@@ -71,16 +71,17 @@ NAME = 'airbench94_modified'
 #   it is when you change batch_size. make_optimizer divides lr by 1024, whatever the batch.
 # - Momentum multiplies the steps by about 1 / (1 - momentum). make_optimizer divides lr by
 #   1 + 1 / (1 - momentum), as airbench94 does: leave lr as it is when you change momentum.
-# - weight_decay is divided by the same factor, and by the lr, as PyTorch multiplies it by the lr:
-#   another lr does not change how fast the weights shrink. How much they shrink in a step grows
-#   with batch_size and follows lr_factor.
+# - make_optimizer multiplies weight_decay by batch_size, divides it by the same two factors, and
+#   then by the lr, because PyTorch multiplies it by the lr. So a step, with its momentum, shrinks
+#   a weight by about weight_decay * batch_size / 1024 * lr_factor of itself, at any lr.
 
 hyp = {
     'opt': {
         'train_epochs': 8.0,  # may be fractional; 9.9 in the baseline (change 3)
         'batch_size': 1536,  # 1024 in the baseline
         # 11.5 in the baseline. The report multiplied the lr by 1.5 for the larger batch. But the
-        # summed loss alone makes steps 1.5 times as long: they are 2.25 times the baseline's.
+        # loss is summed, so the larger batch already makes the steps 1.5 times as long. With both,
+        # they are 2.25 times the baseline's.
         'lr': 17.25,
         'momentum': 0.85,
         'weight_decay': 0.0153,
@@ -96,7 +97,7 @@ hyp = {
         'widths': {'block1': 64, 'block2': 256, 'block3': 256},
         'batchnorm_momentum': 0.6,  # share of the old running statistic that is kept
         'scaling_factor': 1 / 9,  # of the logits
-        'tta_level': 2,  # views of a test image: 0 one, 1 with its mirror image, 2 six
+        'tta_level': 2,  # 0: the test image; 1: its mirror image, too; 2: six views (see infer)
     },
 }
 
@@ -383,7 +384,7 @@ class CifarLoader:
         epoch: how many epochs have begun.
         proc_images: computed once, in `__init__` (change 1). 'norm': normalized images.
             'flip' (only with aug flip): norm with a random half mirrored. 'pad' (only with aug
-            translate): flip if there is one, else norm, reflect-padded.
+            translate): 'flip', or 'norm' if there is no 'flip', with a reflected border.
     """
 
     def __init__(
@@ -397,8 +398,8 @@ class CifarLoader:
             device = split['images'].device
         device = torch.device(device)
         # Types and device are settled here; nothing is converted per batch (change 4). The report
-        # asks for non_blocking. It has an effect from pinned memory only, which this is not. From a
-        # GPU to the CPU it is unsafe: images could be read before they arrive.
+        # asks for non_blocking copies. They gain nothing here, as the data are not in pinned
+        # memory. They are off towards the CPU, where images could be read before they arrive.
         non_blocking = device.type == 'cuda'
         images = split['images'].to(device, non_blocking=non_blocking)
         images = images.permute(0, 3, 1, 2)  # a view, channels_last
@@ -474,7 +475,8 @@ class CifarLoader:
         else:
             order = torch.arange(n, device=device)
         for index in order.split(self.batch_size)[: len(self)]:  # may drop the last batch
-            # The baseline crops and mirrors all images first; here each batch is (change 4).
+            # The baseline crops and mirrors all images before the first batch; here it is done
+            # batch by batch (change 4).
             if self.aug['translate']:
                 batch = batch_crop(images, offsets, size, index)
             else:
@@ -604,8 +606,9 @@ def make_optimizer(net: nn.Module, hyp: dict) -> torch.optim.Optimizer:
     """Return Nesterov SGD on all that is trained; BatchNorm's biases have a larger lr.
 
     For another optimizer change this function alone. `lr_factor` multiplies the lr of each group.
-    On CUDA all weights but BatchNorm's are float16, and their gradients, too: the squares that Adam
-    keeps overflow there unless they are kept in float32. Source: arXiv:2404.00498.
+    On CUDA weights and gradients are float16, except BatchNorm's. torch's Adam keeps its averages
+    in the dtype of the weights, where squared gradients overflow: keep them in float32. Source:
+    arXiv:2404.00498.
     """
     opt = hyp['opt']
     scale = 1024 * (1 + 1 / (1 - opt['momentum']))  # see the comment above hyp
@@ -994,7 +997,7 @@ def train(
 
     with timer:
         test_loader = CifarLoader(data, False, EVAL_BATCH[device.type], device=device)
-        test_loader.precompute()
+        test_loader.precompute()  # now, as it belongs to the training time
         train_loader = CifarLoader(data, True, opt['batch_size'], hyp['aug'], device=device)
         total_steps = math.ceil(len(train_loader) * opt['train_epochs'])
         net.init_whitening(train_loader.normalize(train_loader.images[:5000]))

@@ -97,7 +97,7 @@ hyp = {
         'widths': {'block1': 64, 'block2': 256, 'block3': 256},
         'batchnorm_momentum': 0.557,  # share of the old running statistic that is kept
         'scaling_factor': 1 / 256,  # of the logits
-        'tta_level': 2,  # views of a test image: 0 one, 1 with its mirror image, 2 six
+        'tta_level': 2,  # 0: the test image; 1: its mirror image, too; 2: six views (see infer)
         'tta_share': 0.2,  # share of the test images that get these views
     },
 }
@@ -385,7 +385,7 @@ class CifarLoader:
         epoch: how many epochs have begun.
         proc_images: computed once, when the first epoch begins. 'norm': normalized images.
             'flip' (only with aug flip): norm with a random half mirrored. 'pad' (only with aug
-            translate): flip if there is one, else norm, reflect-padded.
+            translate): 'flip', or 'norm' if there is no 'flip', with a reflected border.
     """
 
     def __init__(
@@ -1082,7 +1082,7 @@ def train(
 
     with timer:
         test_loader = CifarLoader(data, False, EVAL_BATCH[device.type], device=device)
-        test_loader.precompute()
+        test_loader.precompute()  # now, as it belongs to the training time
         train_loader = CifarLoader(data, True, opt['batch_size'], hyp['aug'], device=device)
         total_steps = math.ceil(len(train_loader) * opt['train_epochs'])
         whiten_steps = math.ceil(len(train_loader) * opt['whiten_bias_epochs'])
