@@ -60,7 +60,7 @@ def test_flop_of_the_baseline_are_those_counted_by_hand(epochs, whiten_bias_epoc
 def test_matrix_products_of_an_optimizer_count_once_a_step(tmp_path):
     """As Muon's do: they do not grow with the batch."""
     text = (ROOT / 'airbench94_baseline.py').read_text()
-    step = '    optimizer.step()\n    return loss, logits\n\n\n@'
+    step = '    optimizer.step()\n    return loss, logits\n'
     assert text.count(step) == 1
     path = tmp_path / 'muon.py'
     path.write_text(text.replace(step, f'    torch.ones(20, 30) @ torch.ones(30, 40)\n{step}'))

@@ -171,7 +171,7 @@ def test_an_edited_copy_may_add_hyperparameters(script, data, steps):
 def test_an_unknown_augmentation_is_refused(script, data):
     hyp = narrow_hyp(script)
     hyp['aug'] = {'translat': 2}
-    with pytest.raises(script.UserError, match='no aug.translat; aug has flip and translate'):
+    with pytest.raises(script.UserError, match='no aug.translat; aug has flip, translate'):
         script.train(data, 1, hyp, 'cpu')
 
 
