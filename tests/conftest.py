@@ -24,6 +24,7 @@ FILES = {
     'fast94': ROOT / 'tests' / 'bench' / 'examples' / 'fast94.py',
 }
 SCRIPTS = tuple(FILES)
+REPORT_SCRIPTS = SCRIPTS[:2]  # Nesterov SGD with lookahead; fast94 has Muon
 for path in FILES.values():
     sys.path.insert(0, str(path.parent))
 configuration.set_hypothesis_home_dir(Path(tempfile.gettempdir(), 'hypothesis'))
@@ -84,6 +85,9 @@ def script(request):
     return importlib.import_module(request.param)
 
 
+with_sgd = pytest.mark.parametrize('script', REPORT_SCRIPTS, indirect=True)
+
+
 @pytest.fixture(scope='session')
 def baseline():
     return importlib.import_module('airbench94_baseline')
@@ -101,10 +105,11 @@ def fast94():
 
 @pytest.fixture
 def float32(monkeypatch):
-    """Let all scripts believe that this CPU gains nothing from bfloat16."""
+    """Let all scripts believe that this CPU gains nothing from bfloat16; Muon's products, too."""
     for name in SCRIPTS:
         module = importlib.import_module(name)
         monkeypatch.setattr(module, 'cpu_has_bfloat16', lambda: False)
+    monkeypatch.setitem(importlib.import_module('fast94').PRODUCT_DTYPE, 'cpu', torch.float32)
 
 
 @pytest.fixture(scope='session')

@@ -1,11 +1,16 @@
-"""Schedule, Nesterov SGD, lookahead, whitening bias and loss against the specification."""
+"""Schedule, Nesterov SGD, lookahead and whitening bias of the report's two scripts.
+
+fast94's optimizer is in test_muon.py.
+"""
 
 import pytest
 import torch
-import torch.nn.functional as F
-from conftest import narrow_hyp
+from conftest import narrow_hyp, with_sgd
 
-pytestmark = pytest.mark.filterwarnings('ignore:Detected call of')  # of a scheduler, by idle steps
+pytestmark = [
+    with_sgd,
+    pytest.mark.filterwarnings('ignore:Detected call of'),  # of a scheduler, by idle steps
+]
 
 
 @pytest.fixture
@@ -151,29 +156,3 @@ def test_the_frozen_whitening_bias_is_moved_by_lookahead_alone(script, data, mon
     # Between the steps lookahead moves it, after the 5th; then slow and fast are the same.
     kept = list(map(torch.equal, afters[:-1], befores[1:]))
     assert [step for step, same in enumerate(kept, 1) if not same] == [5]
-
-
-# ---------------------------------------- Loss ----------------------------------------
-@pytest.mark.parametrize('classes, smoothing', [(10, 0.2), (5, 0.125)])
-def test_loss_is_cross_entropy_with_label_smoothing_summed_in_float32(
-    classes, smoothing, script, data, monkeypatch
-):
-    """Of half-precision logits and a run's targets, against torch's own smoothing."""
-    seen, train_step = [], script.train_step
-
-    def recorder(net, optimizer, images, targets, whiten_bias_grad):
-        loss, logits = train_step(net, optimizer, images, targets, whiten_bias_grad)
-        seen.append((loss, logits, targets.argmax(1)))
-        return loss, logits
-
-    monkeypatch.setattr(script, 'train_step', recorder)
-    monkeypatch.setattr(script, 'cpu_has_bfloat16', lambda: True)
-    split = data['train']
-    split = {**split, 'labels': split['labels'] % classes, 'classes': split['classes'][:classes]}
-    hyp = narrow_hyp(script, label_smoothing=smoothing, train_epochs=0.25)
-    script.train({'train': split, 'test': split}, 1, hyp, 'cpu', quiet=True)
-    ((loss, logits, labels),) = seen
-    assert (logits.dtype, logits.shape) == (torch.bfloat16, (64, classes))
-    logits = logits.float()
-    expected = F.cross_entropy(logits, labels, label_smoothing=smoothing, reduction='sum')
-    torch.testing.assert_close(loss, expected, rtol=1e-6, atol=0)  # float32, no gradient

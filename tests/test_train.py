@@ -12,7 +12,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ROOT, SCRIPTS, environment, narrow_hyp
+from conftest import REPORT_SCRIPTS, ROOT, SCRIPTS, environment, narrow_hyp, with_sgd
 from torch import nn
 
 TIMES = ('clock_seconds', 'eval_seconds', 'wall_seconds')
@@ -106,7 +106,7 @@ def test_the_first_epochs_of_fast94_train_on_small_images(fast94, steps, data):
     sizes = [16] * 4 + [24] * 4 + [32] * 4
     for (batch, _), (expected, _), size in zip(steps[:12], steps[12:], sizes, strict=True):
         if size < 32:
-            expected = F.interpolate(expected, size=size, mode='bilinear', antialias=True)
+            expected = F.interpolate(expected, size=size, mode='bilinear')
         assert torch.equal(batch, expected) and batch.shape[-1] == size
 
 
@@ -135,6 +135,9 @@ MEANINGLESS = {
     'opt.momentum': [1.5, 1.0, -0.1],
     'opt.weight_decay': [-1.0],
     'opt.bias_scaler': [0.0],
+    'opt.bias_lr': [0.0],
+    'opt.head_lr': [-1.0],
+    'opt.sgd_momentum': [1.0],
     'opt.label_smoothing': [3.0, -0.1],
     'opt.whiten_bias_epochs': [-5],
     'opt.low_res_epochs': [[40], [24, 0]],
@@ -185,21 +188,24 @@ def test_too_few_images_are_refused_with_a_batch_size_that_fits(n, smaller, base
 
 
 # ---------------------------------------- Clock ----------------------------------------
-ON_THE_CLOCK = [  # clock, evaluation, wall
-    ('make_net', (0, 0, 1)),
-    ('make_optimizer', (0, 0, 1)),
-    ('CifarLoader.__init__', (2, 0, 2)),
-    ('CifarLoader.normalize', (3, 0, 3)),  # training and test images, those for the whitening
-    ('CifarNet.init_whitening', (1, 0, 1)),
-    ('LookaheadState.__init__', (1, 0, 1)),
-    ('LookaheadState.update', (2, 0, 2)),  # after steps 5 and 8
-    ('train_step', (8, 0, 8)),
-    ('infer', (1, 2, 3)),
-    ('on_epoch', (0, 0, 2)),
+ALL, SGD, MUON = SCRIPTS, REPORT_SCRIPTS, ('fast94',)
+ON_THE_CLOCK = [  # the scripts; on the clock, in the evaluation, on the wall
+    (ALL, 'make_net', (0, 0, 1)),
+    (ALL, 'make_optimizer', (0, 0, 1)),
+    (ALL, 'CifarLoader.__init__', (2, 0, 2)),
+    (ALL, 'CifarLoader.normalize', (3, 0, 3)),  # training and test images, those for the whitening
+    (ALL, 'CifarNet.init_whitening', (1, 0, 1)),
+    (SGD, 'LookaheadState.__init__', (1, 0, 1)),
+    (SGD, 'LookaheadState.update', (2, 0, 2)),  # after steps 5 and 8
+    (MUON, 'make_schedule', (1, 0, 1)),
+    (ALL, 'train_step', (8, 0, 8)),
+    (ALL, 'infer', (1, 2, 3)),
+    (ALL, 'on_epoch', (0, 0, 2)),
 ]
+ON_THE_CLOCK = [(script, *rest) for scripts, *rest in ON_THE_CLOCK for script in scripts]
 
 
-@pytest.mark.parametrize('name, expected', ON_THE_CLOCK)
+@pytest.mark.parametrize('script, name, expected', ON_THE_CLOCK, indirect=['script'])
 def test_what_is_on_the_clock_of_8_steps(name, expected, script, steps, data, monkeypatch):
     """Let time stand still, but for one second per call of the function of that name."""
     monkeypatch.setattr(script, 'on_epoch', lambda row: None, raising=False)
@@ -260,6 +266,32 @@ def test_a_huge_lr_takes_its_usual_steps_and_ends_at_chance(script, data):
     assert len(record['epochs']) == 2 and record['tta_acc'] < 0.2
 
 
+# ---------------------------------------- Loss ----------------------------------------
+@pytest.mark.parametrize('classes, smoothing', [(10, 0.2), (5, 0.125)])
+def test_loss_is_cross_entropy_with_label_smoothing_summed_in_float32(
+    classes, smoothing, script, data, monkeypatch
+):
+    """Of half-precision logits and a run's targets, against torch's own smoothing."""
+    seen, train_step = [], script.train_step
+
+    def recorder(net, optimizer, images, targets, whiten_bias_grad):
+        loss, logits = train_step(net, optimizer, images, targets, whiten_bias_grad)
+        seen.append((loss, logits, targets.argmax(1)))
+        return loss, logits
+
+    monkeypatch.setattr(script, 'train_step', recorder)
+    monkeypatch.setattr(script, 'cpu_has_bfloat16', lambda: True)
+    split = data['train']
+    split = {**split, 'labels': split['labels'] % classes, 'classes': split['classes'][:classes]}
+    hyp = narrow_hyp(script, label_smoothing=smoothing, train_epochs=0.25)
+    script.train({'train': split, 'test': split}, 1, hyp, 'cpu', quiet=True)
+    ((loss, logits, labels),) = seen
+    assert (logits.dtype, logits.shape) == (torch.bfloat16, (64, classes))
+    logits = logits.float()
+    expected = F.cross_entropy(logits, labels, label_smoothing=smoothing, reduction='sum')
+    torch.testing.assert_close(loss, expected, rtol=1e-6, atol=0)  # float32, no gradient
+
+
 # ---------------------------------------- Edits ----------------------------------------
 @pytest.mark.parametrize('classes', [5, 100])
 def test_as_many_classes_as_the_data_has(classes, script, data):
@@ -285,6 +317,7 @@ def test_a_third_convolution_in_each_group(script, data, monkeypatch):
     assert all(norm.bias.any() for _, _, norm, _ in net.groups)  # trained
 
 
+@with_sgd
 def test_another_optimizer_is_a_change_of_make_optimizer_alone(script, data, monkeypatch):
     def make_optimizer(net, hyp):
         trained = [parameter for parameter in net.parameters() if parameter.requires_grad]
