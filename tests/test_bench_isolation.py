@@ -80,10 +80,16 @@ def test_the_process_that_compares_runs_no_code_of_a_script(tmp_path, monkeypatc
 
 def test_what_a_script_prints_is_shown_where_the_tool_prints(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    prints = ('rows = []', 'print("on", "stdout"); print("on stderr", file=sys.stderr); rows = []')
-    write_fake(tmp_path, 'fake.py', prints, ('import random\n', 'import random\nimport sys\n'))
+    prints = """
+    print("on", "stdout")
+    print("on stderr", file=sys.stderr)
+    sys.stdout.buffer.write("bytes \\u00fc\\n".encode())
+    rows = []"""
+    imports = ('import random\n', 'import random\nimport sys\n')
+    write_fake(tmp_path, 'fake.py', ('\n    rows = []', prints), imports)
     status, out, err = tool('run', 'fake.py', '--runs', 2)
     assert status == 0 and out.count('on stdout\n') == err.count('on stderr\n') == 3
+    assert out.count('bytes \u00fc\n') == 3
 
 
 def test_each_process_of_torchrun_has_a_gpu_of_its_own(monkeypatch):

@@ -91,7 +91,8 @@ class Experiment:
         facts = self.job.share(self.data_facts)  # rank 0 reads them, or downloads them, first
         if self.job.rank > 0:
             self.make_data()
-            records.refuse_other_values('the data of the processes', facts, self.data_facts)
+            if self.data_facts != facts:
+                raise UserError('the processes of torchrun read different data')
         for worker in self.workers.values():
             worker.send('open_data', self.layout, self.options['device'], self.job.local_rank)
         for worker in self.workers.values():

@@ -163,17 +163,18 @@ def pick_device(name: str, local_rank: int = 0):
     return torch.device(name)
 
 
-class Forward(io.TextIOBase):
-    """Standard output or error of a script: sends what is written to it."""
-
-    encoding = 'utf-8'
+class Forward(io.RawIOBase):
+    """The bytes of a script's standard output or error: sends what is written."""
 
     def __init__(self, name: str, send: Callable):
         self.name = name
         self.send = send
 
-    def write(self, text: str) -> int:
-        self.send('print', [self.name, text])
+    def writable(self) -> bool:
+        return True
+
+    def write(self, text: bytes) -> int:
+        self.send('print', [self.name, bytes(text).decode(errors='replace')])
         return len(text)
 
     def fileno(self) -> int:
@@ -334,7 +335,8 @@ def main():
     connection, data_file = map(int, sys.argv[1:])
     arm = ArmProcess(Connection(connection), data_file)
     for name in ('stdout', 'stderr'):
-        setattr(sys, name, Forward(name, arm._send))
+        stream = io.TextIOWrapper(Forward(name, arm._send), encoding='utf-8', write_through=True)
+        setattr(sys, name, stream)
     arm._serve()
 
 
