@@ -3,21 +3,23 @@
 `diff airbench94_baseline.py tests/bench/examples/fast94.py` is the experiment:
 
 1. Muon (K. Jordan, 2024) trains the 3x3 filters in place of SGD. Of the gradient with momentum, as
-   a matrix [out, in * 9], it takes the singular vectors but sets every singular value to about 1.
-   That is steepest descent in the spectral norm (arXiv:2409.20325): of all steps that change no
-   layer's output by more than lr times its input, the one that lowers the loss most. SGD's step has
-   a few large singular values, and hardly moves the filters in all other directions. The filters'
-   norms are fixed; all else has Nesterov SGD. No lookahead, and the lrs fall linearly to 0.
+   a matrix [out, in * 9], it takes the singular vectors but raises the singular values, all but the
+   smallest, to about 1. That is steepest descent in the spectral norm (arXiv:2409.20325): of all
+   steps that change a filter bank's output by at most about lr times its input, the one that, to
+   first order, lowers the loss most. SGD's step has a few large singular values, and hardly moves
+   the filters in all other directions. Before each step the filters get a fixed norm. All else has
+   Nesterov SGD. Unlike the baseline: no lookahead, and the lrs fall linearly to 0.
 2. Small images first: six epochs on 24 x 24 pixels, then 3.4 on 32 x 32. The network ends in a
    global pooling, so it takes images of any size. A step on 24 pixels has half the FLOP.
    (Progressive resizing is a known technique: fast.ai, 2018. Together with Muon: E1, Fulcrum
    Research, 2026.)
-3. TTA for a fifth of the test images, those that the network is least certain of.
-4. With --compile a whole step, optimizers and all, is one CUDA graph.
+3. Test-time augmentation (TTA, below) for a fifth of the test images, those that the network is
+   least certain of.
+4. With --compile a step on the GPU, optimizers and all, is one CUDA graph.
 
-The values of the hyperparameters are those of Hiverge's cifar10-speedrun, which goes back to
-airbench94_muon (K. Jordan), except for epochs, batch size, lr, momentum and GELU, which our own
-search chose. All else is airbench94 (Keller Jordan, arXiv:2404.00498):
+The values of the new hyperparameters are those of Hiverge's cifar10-speedrun, which goes back to
+airbench94_muon (K. Jordan), except for epochs, image sizes, and Muon's lr and momentum, which our
+own search chose. All else is airbench94 (Keller Jordan, arXiv:2404.00498). Together:
 
 - Network: a 2x2 convolution with fixed filters that whiten the pixels (24 channels), three groups
   of two 3x3 convolutions (64, 256 and 256 channels) with max-pooling, BatchNorm and GELU, and a
@@ -26,7 +28,7 @@ search chose. All else is airbench94 (Keller Jordan, arXiv:2404.00498):
 - Training: 9.4 epochs in half precision, batches of 1536, label smoothing.
 - Test: a weighted mean over six views (test-time augmentation, TTA) or, for most images, one view.
 
-Result: @RESULT@
+Result: (to be filled in from the log)
 
     python tests/bench/examples/fast94.py --compile              five runs and their table
     python tests/bench/examples/fast94.py --trials 5 --runs 25 --quiet --compile
@@ -73,9 +75,9 @@ NAME = 'fast94'
 # - Muon's step has about the same norm whatever the gradient is, and the filters have a fixed norm.
 #   So lr says by what angle a step turns the filters; the batch size does not come in.
 # - The others have SGD. The loss is summed over the batch, so a step grows with batch_size by
-#   itself, and bias_lr and head_lr are small.
-# - PyTorch multiplies the weight decay by the lr. make_optimizer divides it by the lr beforehand:
-#   another lr does not change how fast the weights shrink. It is per example.
+#   itself: leave bias_lr and head_lr as they are when you change batch_size.
+# - PyTorch multiplies SGD's weight decay by the lr. MuonAndSGD divides it by the peak lr, so that
+#   another peak does not change how fast the weights shrink. It is per example. Muon has none.
 
 hyp = {
     'opt': {
@@ -587,7 +589,7 @@ def make_net(hyp: dict, device: torch.device | str = 'cpu', num_classes: int = 1
 # -------------------------------------------------------------------------------------------------
 
 
-# Muon's matrix products are in half precision, in which a GPU is fastest.
+# Muon's matrix products are in half precision: a GPU is fastest in it, and it is enough for them.
 PRODUCT_DTYPE = {'cuda': torch.float16, 'cpu': torch.bfloat16}
 
 
@@ -595,8 +597,9 @@ def orthogonalize(matrices: torch.Tensor) -> torch.Tensor:
     """Return about U V^T for each matrix U S V^T in [n, rows, columns], without computing U or V.
 
     a X + b X X^T X + c (X X^T)^2 X has X's singular vectors, and of each singular value s it makes
-    a s + b s^3 + c s^5. After three times those from 0.02 to 1 are between 0.75 and 1.37. (It is a
-    Newton-Schulz iteration; the coefficients are Hiverge's.)
+    a s + b s^3 + c s^5. Three such steps bring all s from 0.02 to 1 to between 0.75 and 1.37, and
+    raise smaller ones about 40 times. (It is a Newton-Schulz iteration; the coefficients are
+    Hiverge's.)
     """
     a, b, c = 3.4576, -4.7391, 2.0843
     norms = matrices.norm(dim=(1, 2), keepdim=True, dtype=torch.float32)
@@ -610,7 +613,7 @@ def orthogonalize(matrices: torch.Tensor) -> torch.Tensor:
 
 
 class Muon(torch.optim.Optimizer):
-    """Nesterov momentum, orthogonalized, for filters [out, in, 3, 3] whose norms are fixed.
+    """Nesterov momentum, orthogonalized, for filters [out, in, 3, 3].
 
     lr is a tensor on the filters' device, so that a CUDA graph does not record its value.
     """
@@ -635,8 +638,8 @@ class Muon(torch.optim.Optimizer):
         torch._foreach_add_(buffers, grads)
         directions = torch._foreach_add(grads, buffers, alpha=momentum)  # Nesterov
 
-        # Each weight gets the norm sqrt(out), that of an orthogonalized direction, so a step turns
-        # it by an angle of about lr.
+        # Each weight gets the norm sqrt(out). An orthogonalized direction has it, too, where out is
+        # not over in * 9. So a step turns the weight by an angle of about lr, in radians.
         scales = torch._foreach_reciprocal(torch._foreach_norm(weights))
         torch._foreach_mul_(scales, [math.sqrt(len(weight)) for weight in weights])
         torch._foreach_mul_(weights, scales)
@@ -692,8 +695,11 @@ class MuonAndSGD:
             optimizer.step()
 
     def take_memory_of(self, other: 'MuonAndSGD'):
-        """Start with the other's momentum, set to 0, in place of new memory; share its lrs."""
-        other.lrs.copy_(self.lrs)
+        """Start with the other's momentum, set to 0, in place of new memory; share its lrs.
+
+        The CUDA graphs read and write the other's memory.
+        """
+        other.lrs.copy_(self.lrs)  # of the present step
         self.lrs = other.lrs
         for group, its_group in zip(self.param_groups, other.param_groups, strict=True):
             group['lr'] = its_group['lr']
@@ -704,12 +710,12 @@ class MuonAndSGD:
 
 
 def make_optimizer(net: nn.Module, hyp: dict) -> MuonAndSGD:
-    """Return the optimizer of all that is trained. `make_schedule` returns its lrs."""
+    """Return the optimizer of all that is trained. Its lrs in each step: `make_schedule`."""
     return MuonAndSGD(net, hyp)
 
 
 def lr_factor(step: int, total_steps: int) -> float:
-    """Return what the lrs are multiplied by after `step` steps: falls linearly to 0."""
+    """Return what the lrs are multiplied by in a step, from 0 on: 1, then linearly to 0."""
     return max(0.0, 1 - step / max(1, total_steps))
 
 
@@ -883,6 +889,7 @@ class CompiledStep:
     def __init__(self, net: nn.Module):
         self.net = net
         self.optimizer = None  # of the present run
+        self.constants = []  # of its groups: the graphs have their values in them
         self.seen = set()  # kinds of steps that ran: compiled, and cuDNN has chosen its kernels
         self.recorded = {}  # kind of step -> RecordedStep
         self.pool = None  # memory that the graphs share
@@ -907,11 +914,15 @@ class CompiledStep:
 
     def begin_run(self, optimizer: MuonAndSGD):
         """Let a new optimizer use the memory that the graphs know."""
+        groups = optimizer.param_groups
+        constants = [(group['momentum'], group.get('weight_decay')) for group in groups]
         if self.optimizer is not None:
             optimizer.take_memory_of(self.optimizer)
-            if optimizer.param_groups != self.optimizer.param_groups:
-                self.recorded.clear()  # the graphs have another momentum or weight decay in them
+        if constants != self.constants:
+            self.recorded.clear()
+            self.pool = None  # it ended with the last graph
         self.optimizer = optimizer
+        self.constants = constants
 
     def record(self, images, targets, whiten_bias_grad) -> RecordedStep:
         """Record the kernels of `train_step`; none of them runs."""
