@@ -79,17 +79,21 @@ def test_the_process_that_compares_runs_no_code_of_a_script(tmp_path, monkeypatc
 
 
 def test_what_a_script_prints_is_shown_where_the_tool_prints(tmp_path, monkeypatch):
+    """Text and bytes, also where the script has replaced the stream."""
     monkeypatch.chdir(tmp_path)
+    imports = 'import io\nimport random\nimport sys\n'
+    imports += 'sys.stdout = io.TextIOWrapper(sys.stdout.buffer, encoding="utf-8")\n'
     prints = """
     print("on", "stdout")
     print("on stderr", file=sys.stderr)
-    sys.stdout.buffer.write("bytes \\u00fc\\n".encode())
+    data = "bytes \\u00fc\\n".encode()
+    sys.stderr.buffer.write(data[:7])  # half a character
+    sys.stderr.buffer.write(data[7:])
     rows = []"""
-    imports = ('import random\n', 'import random\nimport sys\n')
-    write_fake(tmp_path, 'fake.py', ('\n    rows = []', prints), imports)
+    write_fake(tmp_path, 'fake.py', ('\n    rows = []', prints), ('import random\n', imports))
     status, out, err = tool('run', 'fake.py', '--runs', 2)
     assert status == 0 and out.count('on stdout\n') == err.count('on stderr\n') == 3
-    assert out.count('bytes \u00fc\n') == 3
+    assert err.count('bytes \u00fc\n') == 3
 
 
 def test_each_process_of_torchrun_has_a_gpu_of_its_own(monkeypatch):

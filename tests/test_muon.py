@@ -6,7 +6,6 @@ import tempfile
 
 import pytest
 import torch
-import torch.nn.functional as F
 from conftest import narrow_hyp
 from cuda_host_helpers import stand_in
 from torch.utils.flop_counter import FlopCounterMode
@@ -131,11 +130,65 @@ def test_every_trained_parameter_moves_in_one_step(dtype, size, fast94, monkeypa
             assert 0.8 < turn / math.sqrt(len(weight)) / hyp['opt']['lr'] < 1.2
 
 
-def test_every_trained_parameter_has_an_optimizer(fast94):
+def test_the_groups_are_biases_head_whitening_bias_and_filters(fast94):
     net = fast94.make_net(fast94.hyp)
+    names = {weight: name for name, weight in net.named_parameters()}
     groups = fast94.make_optimizer(net, fast94.hyp).param_groups
-    found = sorted(id(weight) for group in groups for weight in group['params'])
-    assert found == sorted(id(weight) for weight in net.parameters() if weight.requires_grad)
+    biases, head, whiten, filters = ([names[w] for w in group['params']] for group in groups)
+    blocks = [(i, j) for i in range(3) for j in (1, 2)]
+    assert biases == [f'groups.{i}.norm{j}.bias' for i, j in blocks]
+    assert filters == [f'groups.{i}.conv{j}.weight' for i, j in blocks]
+    assert (head, whiten) == (['head.weight'], ['whiten.bias'])
+
+
+def test_a_trained_parameter_without_an_optimizer_is_an_error(fast94):
+    net = fast94.make_net(narrow_hyp(fast94))
+    net.extra = torch.nn.Linear(2, 2)
+    with pytest.raises(ValueError, match='extra.weight, extra.bias'):
+        fast94.make_optimizer(net, fast94.hyp)
+
+
+SGD = [('groups.0.norm1.bias', 0.0573), ('head.weight', 0.5415), ('whiten.bias', 0.0573)]
+
+
+@pytest.mark.parametrize('name, lr', SGD)
+def test_all_but_the_filters_step_as_nesterovs_with_decoupled_weight_decay(name, lr, fast94):
+    hyp = narrow_hyp(fast94)
+    net = fast94.make_net(hyp)
+    optimizer = fast94.make_optimizer(net, hyp)
+    weight = net.get_parameter(name)
+    expected = torch.randn_like(weight)
+    velocity = torch.zeros_like(weight)
+    weight.data.copy_(expected)
+    decay = 1.04e-6 * 64 / lr
+    for seed in range(4):
+        give_grads(net, seed=seed)
+        grad = weight.grad + decay * expected
+        velocity = 0.825 * velocity + grad
+        expected = expected - lr * (grad + 0.825 * velocity)
+        optimizer.step()
+        torch.testing.assert_close(weight.data, expected)
+
+
+def test_a_frozen_whitening_bias_stays(fast94, data, monkeypatch):
+    """Two epochs of 4 steps, of which 3 train it. No gradient, momentum or decay after them."""
+    train_step = fast94.train_step
+    seen = []
+
+    def recorder(net, optimizer, *args):
+        result = train_step(net, optimizer, *args)
+        bias = net.whiten.bias
+        momentum = optimizer.optimizers[0].state[bias]['momentum_buffer']
+        seen.append((bias.detach().clone(), momentum.clone(), bias.grad is None))
+        return result
+
+    monkeypatch.setattr(fast94, 'train_step', recorder)
+    fast94.train(data, 0, narrow_hyp(fast94, whiten_bias_epochs=0.7), quiet=True)
+    biases, momenta, frozen = zip(*seen, strict=True)
+    assert frozen == (False,) * 3 + (True,) * 5
+    assert not torch.equal(biases[1], biases[2])
+    for bias, momentum in zip(biases[3:], momenta[3:], strict=True):
+        assert torch.equal(bias, biases[2]) and torch.equal(momentum, momenta[2])
 
 
 def test_the_products_are_less_than_2_percent_of_training(fast94, monkeypatch):
@@ -281,6 +334,8 @@ def test_a_compiled_step_is_one_graph_and_at_most_8_launches(fast94, monkeypatch
         states = [part.state for part in step.optimizer.optimizers]
         momenta.append([s['momentum_buffer'] for state in states for s in state.values()])
     assert (dict(step.recorded), stats['unique_graphs']) == before
+    for recorded in step.recorded.values():  # small images, too
+        assert recorded.images.is_contiguous(memory_format=torch.channels_last)
     assert all(map(torch.Tensor.is_set_to, *momenta)) and len(momenta[0]) == 14
     steps = 32768 // 512
     for epoch, names in enumerate(events):
@@ -288,15 +343,6 @@ def test_a_compiled_step_is_one_graph_and_at_most_8_launches(fast94, monkeypatch
         assert names.count('graph') == steps
         if epoch > 0:  # the first has the preparation, too
             assert launches / steps < 9  # a fraction is the epoch's: its crops and its order
-
-
-@needs_cuda
-@pytest.mark.cuda_host
-def test_small_images_are_channels_last():
-    images = torch.zeros(64, 3, 32, 32, device='cuda', dtype=torch.half)
-    images = images.to(memory_format=torch.channels_last)
-    small = F.interpolate(images, 24, mode='bilinear')
-    assert small.is_contiguous(memory_format=torch.channels_last)
 
 
 @needs_cuda

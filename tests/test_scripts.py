@@ -16,7 +16,7 @@ EXPERIMENTS = {  # what each may have of its own
         *('header', 'NAME', 'hyp', 'hyp_limits', 'CifarNet', 'infer', 'evaluate', 'train'),
         *('make_optimizer', 'lr_factor', 'LookaheadState'),
         *('PRODUCT_DTYPE', 'orthogonalize', 'Muon', 'MuonAndSGD', 'make_schedule'),
-        *('RecordedStep', 'CompiledStep', 'warm_up'),
+        *('RecordedStep', 'CompiledStep', 'warm_up', 'above hyp', 'above make_optimizer'),
     },
 }
 PUBLIC = """
@@ -40,7 +40,7 @@ def name_of(node):
 def parts(source):
     """Return {name: text of what is defined}, and the lines of the rest, with names in place.
 
-    What stands above a definition, comments and headings, is part of it.
+    'above NAME': the comments and headings above a definition.
     """
     lines = source.splitlines()
     nodes = ast.parse(source).body
@@ -49,7 +49,10 @@ def parts(source):
     for node, start in reversed(list(zip(nodes, starts, strict=False))):
         name = name_of(node)
         if name:
-            texts[name] = lines[start : node.end_lineno]
+            decorators = getattr(node, 'decorator_list', [])
+            first = min(part.lineno for part in [node, *decorators]) - 1
+            texts[name] = lines[first : node.end_lineno]
+            texts[f'above {name}'] = [line for line in lines[start:first] if line]
             lines[start : node.end_lineno] = [f'<{name}>']
     return texts, lines
 

@@ -487,7 +487,7 @@ def refuse_other_code(folder: str, arm: dict, source: str):
 
 def refuse_other_values(what: str, logged: dict, now: dict):
     """Raise UserError naming the keys that differ."""
-    keys = [key for key in {**logged, **now} if logged.get(key) != now.get(key)]
+    keys = differing(logged, now)
     if not keys:
         return
     message = [f'--resume: {what} differ:']
@@ -495,3 +495,8 @@ def refuse_other_values(what: str, logged: dict, now: dict):
         message.append(f'  {key}: {logged.get(key)} in the log, {now.get(key)} now')
     message.append('start a new experiment without --resume')
     raise UserError('\n'.join(message))
+
+
+def differing(ours: dict, theirs: dict) -> list[str]:
+    """Return the keys whose values differ."""
+    return [key for key in {**ours, **theirs} if ours.get(key) != theirs.get(key)]

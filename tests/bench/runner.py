@@ -91,8 +91,10 @@ class Experiment:
         facts = self.job.share(self.data_facts)  # rank 0 reads them, or downloads them, first
         if self.job.rank > 0:
             self.make_data()
-            if self.data_facts != facts:
-                raise UserError('the processes of torchrun read different data')
+            keys = records.differing(facts, self.data_facts)
+            if keys:
+                names = ', '.join(keys)
+                raise UserError(f'the processes of torchrun read data that differ in {names}')
         for worker in self.workers.values():
             worker.send('open_data', self.layout, self.options['device'], self.job.local_rank)
         for worker in self.workers.values():

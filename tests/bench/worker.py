@@ -5,6 +5,7 @@ variables) reaches another arm. The process is started once; it loads its script
 counts, warms up, and trains when it is told to. It ends when the one that started it has ended.
 """
 
+import codecs
 import contextlib
 import dataclasses
 import io
@@ -169,13 +170,17 @@ class Forward(io.RawIOBase):
     def __init__(self, name: str, send: Callable):
         self.name = name
         self.send = send
+        self.decoder = codecs.getincrementaldecoder('utf-8')('replace')  # keeps half a character
 
     def writable(self) -> bool:
         return True
 
-    def write(self, text: bytes) -> int:
-        self.send('print', [self.name, bytes(text).decode(errors='replace')])
-        return len(text)
+    def write(self, data: bytes) -> int:
+        view = memoryview(data).cast('B')
+        text = self.decoder.decode(view)
+        if text:
+            self.send('print', [self.name, text])
+        return view.nbytes
 
     def fileno(self) -> int:
         return {'stdout': 1, 'stderr': 2}[self.name]
@@ -221,6 +226,7 @@ class ArmProcess:
         try:
             value = getattr(self, command)(*arguments)
             dumps(value)
+            sys.stdout.flush()  # a script may have put another stream there
             return 'done', value
         except user_errors as error:
             return 'refused', one_line(error)
@@ -335,8 +341,14 @@ def main():
     connection, data_file = map(int, sys.argv[1:])
     arm = ArmProcess(Connection(connection), data_file)
     for name in ('stdout', 'stderr'):
-        stream = io.TextIOWrapper(Forward(name, arm._send), encoding='utf-8', write_through=True)
+        stream = io.TextIOWrapper(
+            Forward(name, arm._send),
+            encoding='utf-8',
+            errors='backslashreplace',
+            write_through=True,
+        )
         setattr(sys, name, stream)
+        setattr(sys, f'__{name}__', stream)  # it lives on where a script replaces the other
     arm._serve()
 
 

@@ -19,7 +19,9 @@
 
 The values of the new hyperparameters are those of Hiverge's cifar10-speedrun, which goes back to
 airbench94_muon (K. Jordan), except for epochs, image sizes, and Muon's lr and momentum, which our
-own search chose. All else is airbench94 (Keller Jordan, arXiv:2404.00498). Together:
+own search chose. Hiverge's are also batch size, label smoothing, BatchNorm's momentum, the scale of
+head and logits, and how long the whitening bias is trained. All else is airbench94 (Keller Jordan,
+arXiv:2404.00498). Together:
 
 - Network: a 2x2 convolution with fixed filters that whiten the pixels (24 channels), three groups
   of two 3x3 convolutions (64, 256 and 256 channels) with max-pooling, BatchNorm and GELU, and a
@@ -685,6 +687,13 @@ class MuonAndSGD:
         muon = Muon(filters, lrs[3], opt['momentum'])
         self.optimizers = [sgd, muon]
         self.param_groups = sgd.param_groups + muon.param_groups
+        in_a_group = {id(weight) for group in self.param_groups for weight in group['params']}
+        names = []
+        for name, weight in net.named_parameters():
+            if weight.requires_grad and id(weight) not in in_a_group:
+                names.append(name)
+        if names:
+            raise ValueError(f'no group of MuonAndSGD has {", ".join(names)}: they would not train')
 
     def zero_grad(self, set_to_none: bool = True):
         for optimizer in self.optimizers:
@@ -877,7 +886,7 @@ class RecordedStep:
 class CompiledStep:
     """`train_step` for a compiled network; on CUDA it is one launch, optimizers and all.
 
-    A step has about 150 kernels, and a GPU finishes them faster than the host launches them. So
+    A step has about 160 kernels, and a GPU finishes them faster than the host launches them. So
     they are recorded as a CUDA graph, which is one launch. There is a graph for each kind of step:
     the shape of the images, and whether the whitening bias is trained.
 
@@ -1385,9 +1394,9 @@ def parse_args(argv: list[str] | str | None) -> argparse.Namespace:
 def warm_up(data: dict, hyp: dict, device: torch.device, net=None, step=None):
     """Make short runs, so that no kernel is chosen or compiled in a timed one.
 
-    They train on two batches, so that an epoch is two steps and steps of every kind occur. They
-    evaluate all test images, so that the smaller last batch occurs. On a CPU without --compile
-    nothing depends on the shapes, and less is enough.
+    They train on two batches, so that an epoch is two steps: the whitening bias may be frozen
+    within the first epoch. They evaluate all test images, so that the smaller last batch occurs.
+    On a CPU without --compile nothing depends on the shapes, and less is enough.
     """
     hyp = copy.deepcopy(hyp)
     n_test = len(data['test']['labels'])
