@@ -174,6 +174,8 @@ def test_another_reference_of_a_sequential_experiment_is_noted(two_arms):
     (two_arms / records.EXPERIMENT).write_text(json.dumps(content))
     assert 'do not allow for its looks' in joined(show(two_arms, reference='mine'))
     assert 'do not allow for its looks' not in joined(show(two_arms))
+    assert 'do not allow for its looks' in joined(show(two_arms / 'runs.jsonl'))
+    assert 'do not allow for its looks' in joined(show(two_arms, two_arms))
 
 
 @pytest.mark.parametrize('key', ['"sha256": "', '"train": ', '"test_labels_crc32": '])

@@ -348,6 +348,21 @@ def left_out(files: list[Path]) -> list[str]:
     return notes
 
 
+def stopped_early(files: list[Path]) -> list[str]:
+    """Return a note for each experiment of --until-sure whose files are read without it."""
+    notes = []
+    for folder in sorted({file.parent for file in files}):
+        if not (folder / EXPERIMENT).exists():
+            continue
+        if read_experiment(str(folder))['options'].get('until_sure'):
+            name = one_line(folder)
+            notes.append(
+                f'{name} was stopped by --until-sure: p and intervals do not allow for its looks '
+                f'(show {name} alone does)'
+            )
+    return notes
+
+
 def read(paths: list[str]) -> Log:
     """Return the runs of log folders and runs.jsonl files, the tool's or a script's.
 
@@ -358,10 +373,8 @@ def read(paths: list[str]) -> Log:
     files = []
     experiments = []
     for path in map(Path, paths):
-        experiment = None
-        if (path / EXPERIMENT).exists():
-            experiment = read_experiment(str(path))
-        experiments.append(experiment)
+        has_experiment = (path / EXPERIMENT).exists()
+        experiments.append(read_experiment(str(path)) if has_experiment else None)
         found, remarks = files_of(path, alone=len(paths) == 1)
         files += found
         notes += remarks
@@ -370,6 +383,11 @@ def read(paths: list[str]) -> Log:
         lines += found
         notes += remarks
     notes += left_out(files)
+    experiment = None
+    if len(experiments) == 1:
+        experiment = experiments[0]
+    if experiment is None:
+        notes += stopped_early(files)
     unique = {}
     repeated = 0
     for run in name_script_arms(lines):
@@ -380,12 +398,12 @@ def read(paths: list[str]) -> Log:
     if repeated:
         notes.append(f'{repeated} runs repeat others (arm, seed and turn): the later ones count')
     given = []
-    for experiment in experiments:
-        given.append(experiment['options'].get('hyp', []) if experiment else [])
-    same = all(one == given[0] for one in given)
+    for one in experiments:
+        given.append(one['options'].get('hyp', []) if one else [])
+    same = all(options == given[0] for options in given)
     return Log(
         list(unique.values()),
-        experiments[0] if len(experiments) == 1 else None,
+        experiment,
         given[0] if same else [],
         notes,
     )
