@@ -1,4 +1,4 @@
-"""fast94: the accuracy of airbench94_baseline.py with less computing, by the optimizer Muon.
+"""fast94: the accuracy of airbench94_baseline.py with less computing, mostly by Muon.
 
 `diff airbench94_baseline.py tests/bench/examples/fast94.py` is the experiment:
 
@@ -17,10 +17,10 @@
    least certain of.
 4. With --compile a step on the GPU, optimizers and all, is one CUDA graph.
 
-The values of the new hyperparameters are those of Hiverge's cifar10-speedrun, which goes back to
-airbench94_muon (K. Jordan), except for epochs, image sizes, and Muon's lr and momentum, which our
-own search chose. Hiverge's are also batch size, label smoothing, BatchNorm's momentum, the scale of
-head and logits, and how long the whitening bias is trained. All else is airbench94 (Keller Jordan,
+The optimizers' values are those of Hiverge's cifar10-speedrun, which goes back to airbench94_muon
+(K. Jordan), but Muon's momentum is the latter's, and its lr our own, as are image sizes and epochs.
+Hiverge's are also batch size, label smoothing, BatchNorm's momentum, the scale of head and logits,
+and how long the whitening bias is trained. All else is airbench94 (Keller Jordan,
 arXiv:2404.00498). Together:
 
 - Network: a 2x2 convolution with fixed filters that whiten the pixels (24 channels), three groups
@@ -30,11 +30,13 @@ arXiv:2404.00498). Together:
 - Training: 9.4 epochs in half precision, batches of 1536, label smoothing.
 - Test: a weighted mean over six views (test-time augmentation, TTA) or, for most images, one view.
 
-Result: (to be filled in from the log)
+Result: 93.67 +- 0.08 % on CPUs (mean and 95 % interval of 20 runs), when trained on 40,000 of
+CIFAR-10's training images and tested on the other 10,000; the baseline has 93.63 +- 0.06 % (20
+runs). It has not run on a GPU, so how much time it saves there is not known.
 
     python tests/bench/examples/fast94.py --compile              five runs and their table
     python tests/bench/examples/fast94.py --trials 5 --runs 25 --quiet --compile
-    python tests/bench run airbench94_baseline.py tests/bench/examples/fast94.py --margin 0.1
+    python tests/bench run airbench94_baseline.py tests/bench/examples/fast94.py --holdout
 
 The sections on hyperparameters, loader, network, optimizers, evaluation and training are the
 recipe. Data files, compilation, log and command line can be read last.
