@@ -226,7 +226,6 @@ class ArmProcess:
         try:
             value = getattr(self, command)(*arguments)
             dumps(value)
-            sys.stdout.flush()  # a script may have put another stream there
             return 'done', value
         except user_errors as error:
             return 'refused', one_line(error)
@@ -236,6 +235,10 @@ class ArmProcess:
                 text = ''.join(traceback.format_exception_only(error))
                 message = f'it works without compile=true, which failed:\n{text.rstrip()}'
             return 'failed', [message, traceback.format_exc()]
+        finally:
+            for stream in (sys.stdout, sys.stderr):  # a script may have put others there,
+                with contextlib.suppress(AttributeError, ValueError):  # none, or closed ones
+                    stream.flush()
 
     def load(self, path: str) -> dict:
         """Load a script. Returns contract.Facts as a dict."""
