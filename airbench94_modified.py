@@ -812,8 +812,9 @@ class CompiledStep:
             raise ValueError('this step was compiled for another network')
         kind = (images.shape, whiten_bias_grad)
         if not images.is_cuda or kind not in self.seen:
+            result = train_step(net, optimizer, images, targets, whiten_bias_grad)
             self.seen.add(kind)
-            return train_step(net, optimizer, images, targets, whiten_bias_grad)
+            return result
         if kind not in self.recorded:
             optimizer.zero_grad(set_to_none=True)  # so that the graph makes gradients of its own
             self.recorded[kind] = self.record(images, targets, whiten_bias_grad)

@@ -200,6 +200,34 @@ def test_launches_of_an_eager_step(script, trained):
 
 
 @pytest.mark.cuda_host
+def test_a_kind_of_step_that_was_stopped_is_made_again_before_it_is_recorded(script, monkeypatch):
+    """As by Ctrl-C while it compiles; then another run begins."""
+    hyp = narrow_hyp(script)
+    net = script.make_net(hyp, 'cuda').train()
+    step = script.CompiledStep(net)
+    images = torch.zeros(4, 3, 32, 32, device='cuda', dtype=torch.half)
+    images = images.to(memory_format=torch.channels_last)
+    targets = torch.zeros(4, 10, device='cuda')
+    train_step = script.train_step
+    answers = [KeyboardInterrupt, train_step, train_step]
+
+    def sometimes_stopped(*args):
+        answer = answers.pop(0)
+        if answer is KeyboardInterrupt:
+            raise answer
+        return answer(*args)
+
+    monkeypatch.setattr(script, 'train_step', sometimes_stopped)
+    with pytest.raises(KeyboardInterrupt):
+        step(net, script.make_optimizer(net, hyp), images, targets)
+    optimizer = script.make_optimizer(net, hyp)
+    step(net, optimizer, images, targets)
+    assert not step.recorded
+    step(net, optimizer, images, targets)
+    assert len(step.recorded) == 1
+
+
+@pytest.mark.cuda_host
 def test_launches_and_bytes_of_a_compiled_step(script):
     """At full size, on one architecture. Two epochs of the first kind, whose first has the
     preparation in it, and one of the second."""

@@ -233,6 +233,32 @@ def test_lrs_fall_linearly_and_the_whitening_bias_has_its_own_end(fast94, data, 
         assert lrs == pytest.approx(expected, rel=1e-6) and trained == (step < 5)
 
 
+@pytest.mark.parametrize('sizes', [[24], [16, 20, 24]])
+@pytest.mark.parametrize('whiten_bias_epochs', [0.2, 0.7, 1.0, 1.9])
+def test_the_warm_up_has_every_kind_of_step(sizes, whiten_bias_epochs, fast94, data, monkeypatch):
+    """A kind is an image size, with or without the whitening bias."""
+    kinds = set()
+
+    def train_step(net, optimizer, images, targets, whiten_bias_grad):
+        kinds.add((images.shape[-1], whiten_bias_grad))
+        return torch.zeros(()), torch.zeros(len(images), 10)
+
+    monkeypatch.setattr(fast94, 'train_step', train_step)
+    changes = {'train_epochs': 4.0, 'batch_size': 16}  # 16 steps an epoch
+    hyp = narrow_hyp(fast94, low_res_epochs=sizes, whiten_bias_epochs=whiten_bias_epochs, **changes)
+    fast94.warm_up(data, hyp, torch.device('cpu'))
+    in_warm_up = set(kinds)
+    kinds.clear()
+    fast94.train(data, 0, hyp, quiet=True)
+    assert in_warm_up == kinds
+
+
+@pytest.mark.parametrize('size', [24.0, 24.5, True])
+def test_a_size_is_a_whole_number_of_pixels(size, fast94, data):
+    with pytest.raises(fast94.UserError, match='low_res_epochs'):
+        fast94.train(data, 0, narrow_hyp(fast94, low_res_epochs=[20, size]))
+
+
 # ---------------------------------------- One network ----------------------------------------
 def test_an_optimizer_in_old_memory_steps_as_a_new_one(fast94):
     """It has the old one's memory for momentum and lrs, but nothing of the values in it."""

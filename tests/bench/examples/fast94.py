@@ -914,8 +914,9 @@ class CompiledStep:
             self.begin_run(optimizer)
         kind = (images.shape, whiten_bias_grad)
         if kind not in self.seen:
+            result = train_step(net, optimizer, images, targets, whiten_bias_grad)
             self.seen.add(kind)
-            return train_step(net, optimizer, images, targets, whiten_bias_grad)
+            return result
         if kind not in self.recorded:
             self.recorded[kind] = self.record(images, targets, whiten_bias_grad)
         step = self.recorded[kind]
@@ -927,7 +928,7 @@ class CompiledStep:
         """Let a new optimizer use the memory that the graphs know."""
         groups = optimizer.param_groups
         constants = [(group['momentum'], group.get('weight_decay')) for group in groups]
-        if self.optimizer is not None:
+        if self.seen:  # else the last run made no step
             optimizer.take_memory_of(self.optimizer)
         if constants != self.constants:
             self.recorded.clear()
@@ -1086,6 +1087,9 @@ def train(
     device = torch.device(device)
     opt = hyp['opt']
     sizes = opt['low_res_epochs']
+    for size in sizes:
+        if not isinstance(size, int):
+            raise UserError(f'opt.low_res_epochs={sizes}: a size is a whole number of pixels')
     classes = data['train']['classes']
     timer = Timer(device)
     eval_timer = Timer(device)
@@ -1401,15 +1405,18 @@ def warm_up(data: dict, hyp: dict, device: torch.device, net=None, step=None):
     On a CPU without --compile nothing depends on the shapes, and less is enough.
     """
     hyp = copy.deepcopy(hyp)
+    opt = hyp['opt']
+    if opt['whiten_bias_epochs'] % 1:  # freeze it in the second of two steps, as both kinds occur
+        opt['whiten_bias_epochs'] = math.floor(opt['whiten_bias_epochs']) + 0.5
     n_test = len(data['test']['labels'])
     repeats = 10  # then a GPU's times have settled
     if device.type == 'cpu':
         repeats = 1
         if step is None:
             n_test = EVAL_BATCH['cpu']
-            hyp['opt']['batch_size'] = min(128, hyp['opt']['batch_size'])
+            opt['batch_size'] = min(128, opt['batch_size'])
     few = {}
-    for split, n in (('train', 2 * hyp['opt']['batch_size']), ('test', n_test)):
+    for split, n in (('train', 2 * opt['batch_size']), ('test', n_test)):
         few[split] = {
             'images': data[split]['images'][:n],
             'labels': data[split]['labels'][:n],
