@@ -1065,7 +1065,8 @@ def train(
         seed: of weights, batches and augmentation. Seeds torch.
         hyp: hyperparameters, nested as in hyp at the top (default: that).
         device: where to train (default: where the data are).
-        net: a network of `make_net` to use again, perhaps compiled; its weights are drawn anew.
+        net: to use again, perhaps compiled: what `make_net` returned for the same hyp. Its weights
+            are drawn anew.
         quiet: evaluate in the end only.
         on_epoch: called after each epoch with its row of the record, while no time is measured.
         step: what `compile_step` returned for net (default: train_step).
