@@ -1154,7 +1154,10 @@ def print_machine(run: dict):
     words = [run['device'], run['dtype'], f'torch {run["torch"]}']
     if 'cuda' in run:
         words.append(f'CUDA {run["cuda"]}, driver {run["driver"]}')
-        words.append(f'peak memory {run["peak_bytes"] / 2**20:.0f} MiB')
+        peak = f'peak memory {run["peak_bytes"] / 2**20:.0f} MiB'
+        if run['compile']:
+            peak += ' and that of the CUDA graphs'
+        words.append(peak)
     words.append(f'warm-up {duration(run["warmup_seconds"])}')
     print(', '.join(words))
 

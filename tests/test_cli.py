@@ -365,12 +365,13 @@ def test_compile_without_a_compiler_keeps_pytorchs_traceback(short, tmp_path):
 
 
 # ---------------------------------------- Table ----------------------------------------
-def test_a_gpus_versions_and_memory_stand_below_the_table(baseline, capsys):
+@pytest.mark.parametrize('compiled, more', [(False, ''), (True, ' and that of the CUDA graphs')])
+def test_a_gpus_versions_and_memory_stand_below_the_table(compiled, more, baseline, capsys):
     run = {'device': 'NVIDIA H200', 'dtype': 'float16', 'torch': '2.11.0', 'cuda': '13.0'}
-    run.update(driver='580.1', peak_bytes=2**30, warmup_seconds=14)
+    run.update(driver='580.1', peak_bytes=2**30, warmup_seconds=14, compile=compiled)
     baseline.print_machine(run)
     line = 'NVIDIA H200, float16, torch 2.11.0, CUDA 13.0, driver 580.1, peak memory 1024 MiB'
-    assert capsys.readouterr().out == f'{line}, warm-up 0m 14s\n'
+    assert capsys.readouterr().out == f'{line}{more}, warm-up 0m 14s\n'
 
 
 def made_up(trial, run, tta_acc):
