@@ -9,7 +9,14 @@ import pytest
 import torch
 from bench.worker import pick_device
 from conftest import narrow_hyp
-from cuda_host_helpers import Kernels, count_triton_bytes, random_data, stand_in, triton_bytes
+from cuda_host_helpers import (
+    Kernels,
+    blank_batch,
+    count_triton_bytes,
+    random_data,
+    stand_in,
+    triton_bytes,
+)
 
 NARROW_ARGS = [f'net.widths.block{i}=8' for i in (1, 2, 3)] + ['opt.batch_size=512']
 # At most, of an eager step with a frozen and with a trained whitening bias.
@@ -205,9 +212,7 @@ def test_a_kind_of_step_that_was_stopped_is_made_again_before_it_is_recorded(scr
     hyp = narrow_hyp(script)
     net = script.make_net(hyp, 'cuda').train()
     step = script.CompiledStep(net)
-    images = torch.zeros(4, 3, 32, 32, device='cuda', dtype=torch.half)
-    images = images.to(memory_format=torch.channels_last)
-    targets = torch.zeros(4, 10, device='cuda')
+    images, targets = blank_batch(32)
     train_step = script.train_step
     answers = [KeyboardInterrupt, train_step, train_step]
 

@@ -7,7 +7,7 @@ import tempfile
 import pytest
 import torch
 from conftest import narrow_hyp
-from cuda_host_helpers import stand_in
+from cuda_host_helpers import blank_batch, stand_in
 from torch.utils.flop_counter import FlopCounterMode
 
 SHAPES = [(64, 24), (64, 64), (256, 64), (256, 256)]  # of the filters: out, in
@@ -378,9 +378,7 @@ def test_another_momentum_is_recorded_anew(fast94):
     hyp = narrow_hyp(fast94)
     net = fast94.make_net(hyp, 'cuda').train()
     step = fast94.CompiledStep(net)
-    images = torch.zeros(4, 3, 24, 24, device='cuda', dtype=torch.half)
-    images = images.to(memory_format=torch.channels_last)
-    targets = torch.zeros(4, 10, device='cuda')
+    images, targets = blank_batch(24)
     recorded, record = [], step.record
     step.record = lambda *args: recorded.append(momentum) or record(*args)
     for lr, momentum in ((0.2, 0.6), (0.1, 0.6), (0.1, 0.7), (0.1, 0.6)):
