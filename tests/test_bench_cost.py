@@ -7,7 +7,7 @@ from bench.contract import load_script
 from bench.cost import run_flop
 from bench.errors import UserError
 from bench_helpers import write_fake
-from conftest import ROOT
+from conftest import FILES, ROOT
 
 WIDTHS = (24, 32, 40)
 TRAIN = 3000
@@ -94,3 +94,13 @@ def test_whatever_cannot_be_counted_is_said(tmp_path):
     quiet = load_script(str(write_fake(tmp_path, 'quiet.py', ('if on_epoch:', 'if epoch == 1:'))))
     with pytest.raises(UserError, match='not called after every epoch'):
         run_flop(quiet, hyp, data)
+
+
+def test_a_loader_that_keeps_its_last_batch_cannot_be_counted(tmp_path):
+    path = tmp_path / 'keep.py'
+    call = "CifarLoader(data, True, opt['batch_size'], hyp['aug'],"
+    text = FILES['airbench94_baseline'].read_text()
+    assert text.count(call) == 1
+    path.write_text(text.replace(call, f'{call} drop_last=False,'))
+    with pytest.raises(UserError, match='keeps the last, smaller batch'):
+        flop_of(path, **{'opt.train_epochs': 1.0})

@@ -16,6 +16,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from bench.runner import run_seed
+from bench.worker import Worker
 from bench_helpers import command, lines, log_of, logged, result_of, rows, tool, write_fake
 from conftest import environment, limited, live, times
 
@@ -143,6 +145,54 @@ def test_signal_ends_it_with_the_table_of_the_finished_runs(n, number, tmp_path)
         made = len(lines(log))
         assert runs_in_table(out) == made
         assert f'stopped after {made} finished runs; `python tests/bench run --resume {log}`' in out
+
+
+def test_signal_while_it_ends_does_not_take_the_report(tmp_path, monkeypatch):
+    """As from torchrun, which ends all processes when one has failed. Turn 2 fails."""
+    bug = ('rows = []', 'assert seed in SEEDS, "my bug"; rows = []')
+    seed = f'SEEDS = 0, {run_seed(5, 1)}\nimport random'
+    script = write_fake(tmp_path, 'fake.py', bug, ('import random', seed))
+    close = Worker.close
+
+    def interrupted(worker):
+        os.kill(os.getpid(), signal.SIGTERM)
+        close(worker)
+
+    monkeypatch.setattr(Worker, 'close', interrupted)
+    options = ('--runs', 2, '--seed', 5, '--log-dir', tmp_path / 'logs')
+    status, out, err = tool('run', script, *options)
+    assert status == 1 and 'my bug' in err and 'Accuracy: with TTA' in out
+
+
+def test_traceback_that_cannot_be_written_does_not_take_the_report(tmp_path):
+    gone = 'import shutil; shutil.rmtree(LOGS, ignore_errors=True) if seed not in SEEDS else 0; '
+    bug = ('rows = []', f'{gone}assert seed in SEEDS, "my bug"; rows = []')
+    seed = f'SEEDS = 0, {run_seed(5, 1)}\nLOGS = {str(tmp_path / "logs")!r}\nimport random'
+    script = write_fake(tmp_path, 'fake.py', bug, ('import random', seed))
+    options = ('--runs', 2, '--seed', 5, '--log-dir', tmp_path / 'logs')
+    status, out, err = tool('run', script, *options)
+    assert status == 1 and 'my bug' in err and 'cannot write' in err and 'Accuracy: with' in out
+
+
+def test_resume_refuses_a_log_with_runs_of_another_experiment(tmp_path):
+    script = write_fake(tmp_path)
+    for seed in (1, 2):
+        tool('run', script, '--runs', 2, '--seed', seed, '--log-dir', tmp_path / str(seed))
+    first, second = (log_of(tmp_path / str(seed)) for seed in (1, 2))
+    text = (first / 'runs.jsonl').read_text() + (second / 'runs.jsonl').read_text()
+    (first / 'runs.jsonl').write_text(text)
+    status, _, err = tool('run', '--resume', first, '--runs', 3)
+    assert status == 2 and 'has runs of another experiment (fake, seed 2)' in err
+    assert (first / 'runs.jsonl').read_text() == text
+
+
+def test_resume_takes_a_script_with_an_infinite_value(tmp_path):
+    infinite = ("'word': 'x'", "'word': 'x', 'clip': float('inf')")
+    script = write_fake(tmp_path, 'fake.py', infinite)
+    tool('run', script, '--runs', 1, '--log-dir', tmp_path / 'logs')
+    log = log_of(tmp_path / 'logs')
+    status, _, err = tool('run', '--resume', log, '--runs', 2)
+    assert status == 0 and len(lines(log)) == 2, err
 
 
 SLOW = {

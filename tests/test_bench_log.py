@@ -87,6 +87,8 @@ def test_a_run_is_read_as_it_was_written():
     line = json.loads(records.to_json(run.to_json()))
     assert line['run'] == 1 and line['driver'] == '580' and 'turn' not in line
     assert Run.from_json(line) == run
+    line['extra'] = 'of the script'
+    assert Run.from_json(line).extra['extra'] == 'of the script'
 
 
 def test_a_line_of_an_older_log_is_a_run():
@@ -128,8 +130,17 @@ def test_a_cut_last_line_is_dropped_before_the_next_one(tmp_path, two_arms):
     file = two_arms / 'runs.jsonl'
     whole = file.read_bytes()
     file.write_bytes(whole[:-5])
-    records.drop_cut_lines(str(two_arms))
+    records.mend_last_lines(str(two_arms))
     assert file.read_bytes() == b''.join(whole.splitlines(keepends=True)[:-1])
+
+
+def test_a_whole_last_line_counts_and_is_ended_before_the_next_one(two_arms):
+    file = two_arms / 'runs.jsonl'
+    whole = file.read_bytes()
+    file.write_bytes(whole[:-1])
+    assert sum(arms_of(file).values()) == 12
+    records.mend_last_lines(str(two_arms))
+    assert file.read_bytes() == whole
 
 
 def test_a_follower_reads_what_other_processes_add(tmp_path):
@@ -138,7 +149,7 @@ def test_a_follower_reads_what_other_processes_add(tmp_path):
         records.append_run(str(tmp_path), rank, run)
     assert sorted(run.turn for run in follower.new_runs()) == [2, 3]
     with open(tmp_path / 'runs-1.jsonl', 'a') as file:
-        file.write('{"arm": "half')
+        file.write('\nno run\n{"arm": "half')
     assert list(follower.new_runs()) == []
 
 
@@ -146,11 +157,12 @@ def test_a_follower_reads_what_other_processes_add(tmp_path):
 def test_lines_that_are_no_runs_are_noted_but_a_last_one_that_a_kill_cut_off(two_arms):
     file = two_arms / 'runs.jsonl'
     bare = b'{"arm": "a", "tta_acc": 1, "clock_seconds": 1, "epochs": [{}]}'
-    junk = [b'{"tta_acc": 1', b'null', b'[' * 10**5, bare, b'\xff']
+    still = b'{"arm": "a", "tta_acc": 1, "clock_seconds": 0}'
+    junk = [b'{"tta_acc": 1', b'null', b'[' * 10**5, bare, still, b'\xff']
     file.write_bytes(b'\n'.join([*junk, file.read_bytes()[:-5]]))
     assert sum(arms_of(file).values()) == 11
     noted = re.findall(r'line (\d+) is not a finished run', show(file))
-    assert noted == ['1', '2', '3', '4', '5']
+    assert noted == ['1', '2', '3', '4', '5', '6']
 
 
 def test_copies_count_once_and_logs_can_be_concatenated(two_arms, tmp_path):
@@ -174,6 +186,7 @@ def test_another_reference_of_a_sequential_experiment_is_noted(two_arms):
     (two_arms / records.EXPERIMENT).write_text(json.dumps(content))
     assert 'do not allow for its looks' in joined(show(two_arms, reference='mine'))
     assert 'do not allow for its looks' not in joined(show(two_arms))
+    assert show(two_arms, reference='base') == show(two_arms)
     assert 'do not allow for its looks' in joined(show(two_arms / 'runs.jsonl'))
     assert 'do not allow for its looks' in joined(show(two_arms, two_arms))
 
@@ -339,6 +352,38 @@ def test_reference_and_labels(two_arms):
         show(two_arms, label=['base=mine'])
 
 
+def test_arms_on_other_data_get_no_verdict(tmp_path):
+    mine = [x - 1 for x in TWELVE]
+    runs = make_runs('base', TWELVE) + make_runs('mine', mine, 1, data={**DATA, 'train': 255})
+    text = joined(show(write(tmp_path / 'a.jsonl', runs), margin=0.1))
+    assert 'mine: no verdict, as its data are not shown to be those of base (n = 12 and 12)' in text
+    assert 'worse' not in text and 'inferior' not in text and '-1.00 points' in text
+    assert 'not every run has a partner of the same turn, seed and data' in text
+
+
+def test_fewer_turns_than_planned_are_noted(two_arms):
+    content = {'schema': records.SCHEMA, 'options': {'runs': 7, 'hyp': []}}
+    (two_arms / records.EXPERIMENT).write_text(json.dumps(content))
+    assert '6 of 7 planned turns: p and intervals hold only if' in joined(show(two_arms))
+    content['options']['runs'] = 6
+    (two_arms / records.EXPERIMENT).write_text(json.dumps(content))
+    assert 'planned turns' not in show(two_arms)
+
+
+def test_what_all_arms_were_given_does_not_depend_on_labels(two_arms):
+    text = (two_arms / 'runs.jsonl').read_text().replace('"arm": "mine"', '"arm": "mine opt.lr=9"')
+    (two_arms / 'runs.jsonl').write_text(text)
+    content = {'schema': records.SCHEMA, 'options': {'runs': 6, 'hyp': ['opt.lr=4']}}
+    (two_arms / records.EXPERIMENT).write_text(json.dumps(content))
+    expected = 'All arms, unless named otherwise: opt.lr=4'
+    assert expected in show(two_arms, label=['mine opt.lr=9=nine'])
+
+
+@pytest.mark.parametrize('p, text', [(0.0498, '0.0498'), (0.0502, '0.0502'), (0.0513, '0.051')])
+def test_p_near_5_percent_shows_on_which_side_it_is(p, text):
+    assert report.p_text(p) == f'p = {text}'
+
+
 def test_a_label_of_an_arm_with_equals_signs_in_its_name(tmp_path):
     runs = make_runs('a', [94.0]) + make_runs('a opt.lr=9', [93.0], 1)
     results = report.results_of(
@@ -416,13 +461,12 @@ def test_a_look_decides_on_the_pairs_that_it_saw():
     assert 'Looks after 5, 8 turns' in text
 
 
-@pytest.mark.parametrize('lost, seen', [(3, 2), (7, 6)])
-def test_a_look_sees_no_turn_behind_a_lost_one(lost, seen):
+@pytest.mark.parametrize('lost, facts', [(3, 'first look (2 pairs)'), (7, '(5 pairs, look 1)')])
+def test_a_look_sees_no_turn_behind_a_lost_one(lost, facts):
     mine = [x + (-1) ** i for i, x in enumerate(TWELVE[:8])]
     runs = make_runs('base', TWELVE[:8]) + make_runs('mine', mine, 1)
     text = sequential([run for run in runs if (run.arm, run.turn) != ('mine', lost)])
-    look = 1 if seen > 5 else 0
-    assert f'({5 if seen > 5 else seen} pairs, look {look})' in text and 'nan' not in text
+    assert facts in text and 'nan' not in text
 
 
 def test_a_first_turn_that_is_lost_leaves_nothing_to_look_at():

@@ -7,7 +7,7 @@ import warnings
 import matplotlib.image
 import numpy as np
 import pytest
-from bench import plot
+from bench import plot, stats
 from bench.compare import accuracies
 from bench.errors import UserError
 from bench.records import Run
@@ -53,6 +53,29 @@ def test_panels_are_those_that_show_something():
     assert kinds(figure(arm('a', 94), arm('b', 93, 80))) == [ACCURACY, DIFFERENCE, COST]
     curves = ['loss of the last batch', 'test accuracy (%)']
     assert kinds(figure(arm('a', 94, curves=True))) == [*curves, ACCURACY]
+
+
+def test_differences_of_until_sure_are_those_that_it_decided_on():
+    arms = {'a': arm('a', 94), 'b': arm('b', 93)}
+    judged = {'b': stats.Difference(-0.5, -0.75, -0.25, 0.001)}
+    (axes,) = plot.figure(arms, panels=['difference'], judged=judged).axes
+    assert axes.get_title() == "Difference from a; --until-sure's interval"
+    assert axes.texts[0].get_text() == '-0.50'
+
+
+def test_an_arm_of_one_run_has_no_difference():
+    arms = {'a': arm('a', 94), 'b': arm('b', 93, n=1), 'c': arm('c', 93)}
+    (axes,) = plot.figure(arms, panels=['difference']).axes
+    assert len(axes.texts) == 1
+
+
+def test_losses_that_are_not_finite_have_no_curves():
+    runs = arm('a', 10, curves=True)
+    lost = [{**row, 'train_loss': None, 'test_acc': None} for row in runs[0].epochs]
+    runs = [dataclasses.replace(run, epochs=lost) for run in runs]
+    assert kinds(figure(runs)) == [ACCURACY]
+    with pytest.raises(UserError, match='--panels curves: no loss is finite'):
+        figure(runs, panels=['curves'])
 
 
 def test_panels_can_be_chosen():

@@ -1,11 +1,16 @@
 """`bench run` as a whole: which runs it makes, and how a mistake ends it."""
 
 import collections
+import contextlib
 import json
 import subprocess
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
+from bench import speed
 from bench_helpers import (
     command,
     lines,
@@ -160,6 +165,24 @@ def test_mistake_is_found_before_the_data_are_loaded(fake, wrong):
     assert (status, out, err.count('\n')) == (2, '', 1)
 
 
+def test_speed_counts_each_kernel_once(monkeypatch):
+    """On CUDA a profile has a kernel, the operator that launched it, and annotations."""
+
+    def event(key, kind, annotation=False):
+        names = {'key': key, 'device_type': SimpleNamespace(name=kind), 'count': 5}
+        return SimpleNamespace(**names, is_user_annotation=annotation, self_device_time_total=500)
+
+    events = [event('aten::mm', 'CPU'), event('gemm', 'CUDA'), event('step', 'CUDA', True)]
+    events.append(event('relu', 'CUDA'))
+    profile = SimpleNamespace(key_averages=lambda: events)
+    profiled = contextlib.nullcontext(profile)
+    monkeypatch.setattr(torch.profiler, 'profile', lambda activities: profiled)
+    monkeypatch.setattr(speed, 'wait', lambda device: None)
+    monkeypatch.setattr(speed, 'PROFILED_STEPS', 5)
+    rows = speed.kernels(lambda: None, torch.device('cuda'))
+    assert rows == [['gemm', 1, 0.1, 0.5], ['relu', 1, 0.1, 0.5]]
+
+
 def test_speed_needs_the_parts_that_it_measures():
     status, _, err = tool('speed', 'fake.py')
     assert (status, err.count('\n')) == (2, 1)
@@ -256,6 +279,7 @@ def test_why_there_is_no_cost_is_said(fake):
     assert '\nfake has no cost: AssertionError: (line ' in out
 
 
+CHANGED_LIST = "hyp['fake']['list'][0].append(0); print('list', hyp['fake']['list']); rows = []"
 COMPILED = """
 make_net = lambda hyp, device, num_classes: ['a net', num_classes]
 compile_step = lambda net: net.append('compiled') or 'a step'
@@ -275,12 +299,25 @@ def test_compiled_network_is_made_once_warmed_up_and_passed_on(fake):
     assert out.count('warmed up with None None') == 1
 
 
+@pytest.mark.parametrize('tree', ['{1: 2}', "{'a.b': 2}", "{'net': {1: 2}}"])
+def test_keys_of_hyp_that_no_option_could_name_are_refused(tree, fake):
+    fake('odd.py', ("'fake': {", f"'odd': {tree}, 'fake': {{"))
+    status, _, err = tool('run', 'odd.py', '--runs', 1)
+    assert status == 2 and 'of hyp must be text without a dot' in err and not Path('logs').exists()
+
+
+def test_what_a_script_does_to_a_list_in_hyp_does_not_reach_the_next_run(fake):
+    fake('list.py', ("'list': [16, 24]", "'list': [[16]]"), ('rows = []', CHANGED_LIST))
+    _, out, _ = tool('run', 'list.py', '--runs', 2)
+    assert out.count('list [[16, 0]]') == 3  # the warm-up, too
+
+
 def test_error_of_a_compiler_is_shown_as_it_is_below_a_line(fake):
     fake('net.py', ('\ndef train(', COMPILED.replace("'a step'", "1 / 0")))  # fmt: skip
     status, _, err = tool('run', 'net.py', 'net.py:compile=true', '--runs', 2)
     first, second = err.splitlines()
     assert status == 2
-    assert first == 'bench: net compile=true: it works without compile=true, which failed:'
+    assert first == 'bench: net compile=true: with compile=true it failed:'
     assert second.startswith('ZeroDivisionError: division by zero; the traceback is in ')
 
 

@@ -3,11 +3,12 @@
 import argparse
 import os
 import re
+import shlex
 import sys
 from dataclasses import dataclass
 
 from bench import records
-from bench.errors import ScriptError, UserError, stopping_signals
+from bench.errors import ScriptError, UserError, ignore_signals, stopping_signals
 
 RUNS = 25
 RUNS_UNTIL_SURE = 100
@@ -258,6 +259,7 @@ def command_run(given: dict, argv: list[str]) -> int:
     except KeyboardInterrupt as stop:
         status = 128 + stop.args[0]
     finally:
+        ignore_signals()  # torchrun ends all processes when one has failed
         experiment.close()
     experiment.read_again()
     finished = [*experiment.runs, *experiment.unlogged]
@@ -265,8 +267,11 @@ def command_run(given: dict, argv: list[str]) -> int:
         status = 2
     if status > 2 and job.rank == 0:
         message = f'stopped after {len(finished)} finished runs'
+        if options['resume'] and experiment.folder is None:
+            message = 'stopped before it went on'
         if finished:
-            message += f'; `python tests/bench run --resume {experiment.folder}` goes on'
+            folder = shlex.quote(experiment.folder)
+            message += f'; `python tests/bench run --resume {folder}` goes on'
     if finished and console is not None:
         console.print('')
         print_report(console, experiment.results())
@@ -301,7 +306,10 @@ def command_show(given: dict) -> int:
     finally:  # also where `| head` has closed the pipe
         if 'plot' in given:
             with records.disk_errors(given['plot']):
-                figure = plot.figure(results.arms, target=results.target, panels=panels)
+                judged = None
+                if results.until_sure:
+                    judged = {one.name: one.difference for one in report.judged_arms(results)}
+                figure = plot.figure(results.arms, results.target, panels, judged)
                 figure.savefig(given['plot'], dpi=150)
     return 0
 

@@ -71,6 +71,11 @@ class Comparison:
         return len({run.device for run in [*self.sample, *self.reference]}) == 1
 
     @property
+    def same_data(self) -> bool:
+        """Whether the logs show that all runs had the same data."""
+        return len({records.data_key(run) for run in [*self.sample, *self.reference]}) == 1
+
+    @property
     def cost_ratio(self) -> float | None:
         """Ratio of the FLOP, where both were counted."""
         if flop(self.sample) and flop(self.reference):

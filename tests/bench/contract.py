@@ -110,7 +110,7 @@ class Script:
             branch = tree
             for group in groups:
                 branch = branch[group]
-            branch[name] = copy.copy(value)
+            branch[name] = copy.deepcopy(value)
         return tree
 
     def check_hyp(self, hyp: dict):
@@ -144,7 +144,7 @@ class Script:
         record = result[0] if isinstance(result, tuple) and result else None
         if not records.is_run({'arm': '', **record} if isinstance(record, dict) else None):
             raise UserError(
-                'train() must return (record, net), record with tta_acc, clock_seconds, and '
+                'train() must return (record, net), record with tta_acc, clock_seconds over 0, and '
                 'epochs, a list of dicts with epoch, train_loss, ...'
             )
         if not 0 <= record['tta_acc'] <= 1:
@@ -218,6 +218,17 @@ def load_script(path: str) -> Script:
     return Script(path, source, module)
 
 
+def odd_keys(tree: dict) -> list:
+    """Return the keys that KEY=VALUE cannot name: those that are no text, or have a dot."""
+    odd = []
+    for key, value in tree.items():
+        if not isinstance(key, str) or '.' in key:
+            odd.append(key)
+        if isinstance(value, dict):
+            odd += odd_keys(value)
+    return odd
+
+
 def check_contract(module: ModuleType, path: str):
     """Raise UserError where a script lacks what the tool needs."""
     missing = [name for name in NEEDED if not hasattr(module, name)]
@@ -226,6 +237,8 @@ def check_contract(module: ModuleType, path: str):
         raise UserError(f'{path} does not keep the contract of tests/bench: it lacks {names}')
     if not isinstance(module.hyp, dict):
         raise UserError(f'{path}: hyp of type {type(module.hyp).__name__}; it must be a dict')
+    for key in odd_keys(module.hyp):
+        raise UserError(f'{path}: the key {key!r} of hyp must be text without a dot')
     for key, value in records.flat(module.hyp).items():
         if not isinstance(value, LEAVES):
             kind = type(value).__name__

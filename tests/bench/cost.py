@@ -60,6 +60,8 @@ def run_flop(script: Script, hyp: dict, data: dict) -> int:
     steps_left = math.ceil(steps_per_epoch * epochs)
     total = evaluation * test / test_images
     for two, one, fewer in zip(two_steps, one_step, fewer_images, strict=True):
+        if 0 < one <= fewer:
+            raise UserError('its loader keeps the last, smaller batch of an epoch')
         steps = min(steps_per_epoch, steps_left)
         steps_left -= steps
         total += steps * ((two - one) + batch_size * (one - fewer))

@@ -4,6 +4,8 @@ import contextlib
 import signal
 import traceback
 
+STOPPING = (signal.SIGINT, signal.SIGTERM)
+
 
 class UserError(Exception):
     """An error that the user can fix, or should know of; printed without a traceback."""
@@ -32,20 +34,24 @@ def describe(error: BaseException, path: str) -> str:
     return f'{type(error).__name__}: {error}{place}'
 
 
+def ignore_signals():
+    """Let nothing interrupt what comes now, such as the report."""
+    for number in STOPPING:
+        signal.signal(number, signal.SIG_IGN)
+
+
 @contextlib.contextmanager
 def stopping_signals():
     """Let SIGTERM interrupt as Ctrl-C does. After the first signal further ones are ignored.
 
     The KeyboardInterrupt has the number of the signal as its argument.
     """
-    numbers = (signal.SIGINT, signal.SIGTERM)
 
     def stop(number, _):
-        for each in numbers:
-            signal.signal(each, signal.SIG_IGN)
+        ignore_signals()
         raise KeyboardInterrupt(number)
 
-    previous = {number: signal.signal(number, stop) for number in numbers}
+    previous = {number: signal.signal(number, stop) for number in STOPPING}
     try:
         yield
     finally:

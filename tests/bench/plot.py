@@ -82,6 +82,8 @@ def missing(panel: str, arms: dict[str, list[Run]]) -> str:
     every = [run for runs in arms.values() for run in runs]
     if panel == 'curves' and max(len(run.epochs) for run in every) < 2:
         return 'the logs have no epochs but the last'
+    if panel == 'curves' and not curve_kinds(arms):
+        return 'no loss is finite'
     if panel == 'difference' and len(arms) < 2:
         return 'there is one arm'
     if panel == 'cost' and not all(map(flop, arms.values())):
@@ -205,19 +207,28 @@ def draw_accuracies(axes, arms: dict, looks: dict, target: float):
     axes.set_title('Each run; mean, 95% interval')
 
 
-def draw_differences(axes, arms: dict, looks: dict):
-    """Draw the difference of each arm from the first, with its 95% interval."""
-    (reference, base), *others = arms.items()
+def differences_of(arms: dict) -> dict[str, stats.Difference]:
+    """Return the difference of each arm with two runs or more from the first."""
+    (_, base), *others = arms.items()
+    found = {}
+    for name, runs in others:
+        if min(len(runs), len(base)) >= 2:
+            found[name] = compare(runs, base).difference()
+    return found
+
+
+def draw_differences(axes, arms: dict, looks: dict, differences: dict):
+    """Draw the difference of each arm from the first, with its interval."""
     axes.axvline(0, color='black', lw=0.8)
-    for i, (name, runs) in enumerate(others, start=1):
-        difference = compare(runs, base).difference()
-        half = np.nan_to_num(difference.half)
+    for i, name in enumerate(arms):
+        if name not in differences:
+            continue
+        difference = differences[name]
         style = {'color': looks[name]['color'], 'marker': looks[name]['marker']}
-        axes.errorbar(difference.value, i, xerr=half, ms=4, capsize=2.5, **style)
+        axes.errorbar(difference.value, i, xerr=difference.half, ms=4, capsize=2.5, **style)
         text = f'{difference.value:+.2f}'
         axes.annotate(text, (difference.value, i), (0, 4), textcoords='offset points', ha='center')
     axes.set_xlabel('points')
-    axes.set_title(f'Difference from {reference}; 95% interval')
 
 
 def finish_rows(axes, arms: dict, named: bool):
@@ -320,10 +331,16 @@ def legend_of(arms: dict, looks: dict, panels: list[str], with_tta: bool) -> tup
     return lines, names
 
 
-def figure(arms: dict[str, list[Run]], target: float = 94.0, panels: list[str] | None = None):
+def figure(
+    arms: dict[str, list[Run]],
+    target: float = 94.0,
+    panels: list[str] | None = None,
+    judged: dict[str, stats.Difference] | None = None,
+):
     """Return a Figure of the runs of each arm; the first arm is the reference.
 
-    panels: some of PANELS; None: all that the logs have.
+    panels: some of PANELS; None: all that the logs have. judged: the differences that --until-sure
+    decided on, by arm; None: those of all runs, with 95 % intervals.
     """
     arms = {name: runs for name, runs in arms.items() if runs}
     panels = panels_of(arms, panels)
@@ -351,7 +368,9 @@ def figure(arms: dict[str, list[Run]], target: float = 94.0, panels: list[str] |
                 if panel == 'accuracy':
                     draw_accuracies(axes, arms, looks, target)
                 else:
-                    draw_differences(axes, arms, looks)
+                    draw_differences(axes, arms, looks, judged or differences_of(arms))
+                    level = "--until-sure's interval" if judged else '95% interval'
+                    axes.set_title(f'Difference from {next(iter(arms))}; {level}')
                 finish_rows(axes, arms, named=axes is every[0])
         if 'cost' in panels:
             cost_axes = parts.pop(0).subplots()

@@ -5,6 +5,7 @@ import dataclasses
 import datetime
 import difflib
 import json
+import math
 import os
 import re
 from collections.abc import Iterator
@@ -66,7 +67,7 @@ class Run:
         values['hyp'] = flat(values.get('hyp') or {})
         values['epochs'] = values.get('epochs') or []
         values['data'] = data_facts(values)
-        names = {entry.name for entry in dataclasses.fields(cls)}
+        names = {entry.name for entry in dataclasses.fields(cls)} - {'extra'}
         known = {}
         extra = {}
         for key, value in values.items():
@@ -142,6 +143,8 @@ def is_run(line: object) -> bool:
     for key in ('tta_acc', 'clock_seconds'):
         if not isinstance(line.get(key), float | int):
             return False
+    if not 0 < line['clock_seconds'] < math.inf:
+        return False
     rows = line.get('epochs', [])
     if not isinstance(rows, list):
         return False
@@ -149,6 +152,15 @@ def is_run(line: object) -> bool:
         if not isinstance(row, dict) or not {'epoch', 'train_loss'} <= row.keys():
             return False
     return isinstance(line.get('hyp', {}), dict)
+
+
+def parse_run(text: bytes) -> dict | None:
+    """Return a line of a log, or None where it is not a finished run."""
+    try:
+        line = json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+    return line if is_run(line) else None
 
 
 # ---------------------------------------- Writing ----------------------------------------
@@ -224,11 +236,17 @@ def append_run(folder: str, rank: int, run: Run) -> Run:
     return Run.from_json(json.loads(line))
 
 
-def drop_cut_lines(folder: str):
-    """Truncate what a kill left of a last line, so that the next one does not join it."""
+def mend_last_lines(folder: str):
+    """Drop what a kill left of a last line, or end a whole one: the next one must not join it."""
     for path in sorted(Path(folder).glob('runs*.jsonl')):
+        content = path.read_bytes()
+        end = content.rfind(b'\n') + 1
         with disk_errors(str(path)):
-            os.truncate(path, path.read_bytes().rfind(b'\n') + 1)
+            if parse_run(content[end:]):
+                with open(path, 'ab') as file:
+                    file.write(b'\n')
+            else:
+                os.truncate(path, end)
 
 
 # ---------------------------------------- Reading ----------------------------------------
@@ -263,29 +281,27 @@ class Follower:
                 data = file.read()
             whole = data[: data.rfind(b'\n') + 1]
             self.seen[path.name] = start + len(whole)
-            for line in whole.splitlines():
-                yield Run.from_json(json.loads(line))
+            for line in map(parse_run, whole.splitlines()):
+                if line is not None:
+                    yield Run.from_json(line)
 
 
 def read_lines(path: Path) -> tuple[list[dict], list[str]]:
     """Return the lines of a file that are runs, and a note for each that is none.
 
-    The last line gets no note where it was cut off.
+    The last line gets no note where it was cut off, or is empty.
     """
     try:
-        *lines, _ = path.read_bytes().split(b'\n')
+        lines = path.read_bytes().split(b'\n')
     except OSError as error:
         raise UserError(f'cannot read {one_line(path)}: {error.strerror}') from None
     found = []
     notes = []
     for number, text in enumerate(lines, start=1):
-        try:
-            line = json.loads(text)
-        except (ValueError, RecursionError):
-            line = None
-        if is_run(line):
+        line = parse_run(text)
+        if line is not None:
             found.append(line)
-        else:
+        elif number < len(lines):
             place = f'{one_line(path)}: line {number}'
             notes.append(f'{place} is not a finished run and does not count')
     return found, notes

@@ -42,7 +42,7 @@ class Results:
     planned: int = 0
     searched: bool = False  # arms of a sweep
     with_times: bool = True  # those of a busy machine say nothing
-    common: list[str] = field(default_factory=list)  # what --hyp gave all arms
+    common: list[str] = field(default_factory=list)  # lines on what --hyp gave all arms
     notes: list[str] = field(default_factory=list)
     folders: list[str] = field(default_factory=list)
 
@@ -91,9 +91,11 @@ def results_of(logs: list[str], given: dict) -> Results:
         names = ', '.join(map(one_line, logs))
         raise UserError(f'{names}: no finished run yet')
     reference = given.get('reference')
+    another_reference = reference is not None and reference != next(iter(arms))
     arms = put_reference_first(arms, reference)
+    common = common_lines(log.common, arms)
     until_sure = logged.get('until_sure')
-    if reference is not None and until_sure:
+    if another_reference and until_sure:
         until_sure = None
         log.notes.append(
             'These arms were stopped by --until-sure with another reference: '
@@ -107,7 +109,7 @@ def results_of(logs: list[str], given: dict) -> Results:
         planned=logged.get('runs', 0),
         searched=bool(logged.get('sweep')),
         with_times=not given.get('no_time'),
-        common=log.common,
+        common=common,
         notes=log.notes,
         folders=logs,
     )
@@ -174,7 +176,11 @@ def points_text(difference: stats.Estimate) -> str:
 
 
 def p_text(p: float) -> str:
-    return 'p < 0.001' if p < 0.001 else f'p = {p:.3f}'
+    """Return 'p < 0.001' or 'p = 0.031'; near 0.05 four digits, so that it shows the side."""
+    if p < 0.001:
+        return 'p < 0.001'
+    digits = 4 if abs(p - stats.ALPHA) < 0.0005 else 3
+    return f'p = {p:.{digits}f}'
 
 
 def whole(name: str) -> str:
@@ -303,6 +309,11 @@ def verdict(name: str, results: Results, comparison: Comparison, p: float) -> st
     """Return a sentence: better, worse, or no difference shown."""
     reference = whole(results.reference)
     value = comparison.difference().value
+    if not comparison.same_data:
+        return (
+            f'{whole(name)}: no verdict, as its data are not shown to be those of {reference} '
+            f'({whole(comparison.n_text)})'
+        )
     facts = f'({whole(comparison.n_text)}, {whole(p_text(p))})'
     if p < stats.ALPHA:
         word = 'better' if value > 0 else 'worse'
@@ -314,6 +325,8 @@ def sequential_verdict(name: str, results: Results, decision: stats.Decision) ->
     """Return the sentence of --until-sure."""
     name, reference = whole(name), whole(results.reference)
     points = abs(decision.difference.value)
+    if decision.look == 0:
+        return f'{name}: not judged before the first look ({whole(counted(decision.n, "pair"))})'
     facts = f'({whole(counted(decision.n, "pair"))}, {whole(f"look {decision.look}")})'
     if decision.verdict in ('better', 'worse'):
         return f'{name} is {decision.verdict} than {reference} by {points:.2f} points {facts}'
@@ -393,30 +406,36 @@ def diverged_clause(comparison: Comparison) -> tuple[str, str]:
     return clause, f'without {it}: {whole(points_text(difference))} (95%), {whole(rest.n_text)}'
 
 
-def comparison_lines(results: Results, width: int) -> list[str]:
-    """Return a sentence and the numbers for each arm, and how they came about."""
+def judged_arms(results: Results) -> list[Judged]:
+    """Return the judged comparison of each arm that has two runs or more with the reference."""
     base = results.arms[results.reference]
-    lines = []
     compared = {}
     for name, runs in results.arms.items():
-        if name == results.reference:
-            continue
-        comparison = compare(runs, base)
         if results.until_sure:
             turns = min(len(without_gap(runs)), len(without_gap(base)))
         else:
             turns = min(len(runs), len(base))
-        if turns < 2:
+        if name != results.reference and turns >= 2:
+            compared[name] = compare(runs, base)
+    if results.until_sure:
+        return judge_looks(results, compared)
+    return judge(results, compared)
+
+
+def comparison_lines(results: Results, width: int) -> list[str]:
+    """Return a sentence and the numbers for each arm, and how they came about."""
+    judged = judged_arms(results)
+    known = [results.reference, *(one.name for one in judged)]
+    lines = []
+    for name in results.arms:
+        if name not in known:
             lines.append(f'{name}: fewer than two runs, no comparison')
-        else:
-            compared[name] = comparison
-    if not compared:
+    if not judged:
         return lines
-    judged = (judge_looks if results.until_sure else judge)(results, compared)
     for one in judged:
         clause, rest = diverged_clause(one.comparison)
         sentence = one.sentence + clause
-        if results.margin is not None:
+        if results.margin is not None and one.comparison.same_data:
             sentence += '; ' + margin_clause(one.comparison, results.margin)
         lines.append(wrapped(sentence, width))
         lines.append(wrapped(numbers_line(one, results.with_times), width, '    '))
@@ -441,6 +460,12 @@ def method_lines(results: Results, judged: list[Judged]) -> list[str]:
         lines = [paired_or_welch(judged)]
         if number > 1:
             lines[0] += f' p is adjusted for {number} comparisons (Holm).'
+        turns = max(map(len, results.arms.values()))
+        if turns < results.planned:
+            lines.append(
+                f'{turns} of {results.planned} planned turns: p and intervals hold only if the '
+                'results had no part in stopping here.'
+            )
     if results.searched:
         lines.append('Found by search: confirm the winner with `run` on new seeds.')
     return lines
@@ -456,11 +481,11 @@ def paired_or_welch(judged: list[Judged]) -> str:
     if kinds == {False}:
         return (
             "Difference of means (Welch's t-test, 95% intervals): not every run has a partner of "
-            'the same turn and seed.'
+            'the same turn, seed and data.'
         )
     return (
         "Pairs: compared turn by turn (paired t-test). Others: difference of means (Welch's "
-        't-test), as not every run has a partner of the same turn and seed. 95% intervals.'
+        't-test), as not every run has a partner of the same turn, seed and data. 95% intervals.'
     )
 
 
@@ -516,7 +541,7 @@ def common_lines(changes: list[str], names) -> list[str]:
 
 def report_lines(results: Results, width: int) -> list[str]:
     """Return the table, the comparisons, and where it all comes from."""
-    lines = [wrapped(line, width) for line in common_lines(results.common, results.arms)]
+    lines = [wrapped(line, width) for line in results.common]
     if results.arms:
         columns = table_columns(results)
         lines += table_lines(list(results.arms), columns, width)

@@ -1,6 +1,7 @@
 """An experiment at work: processes for the arms, turns, looks, the log."""
 
 import contextlib
+import json
 import os
 import shutil
 from pathlib import Path
@@ -116,13 +117,21 @@ class Experiment:
         records.refuse_other_values('the arms', {'names': logged_names}, {'names': names})
         for arm, entry in zip(self.arms, logged['arms'], strict=True):
             records.refuse_other_code(folder, entry, arm.script.source)
-            records.refuse_other_values(f'hyperparameters of {arm.name}', entry['hyp'], arm.hyp)
+            hyp = json.loads(records.to_json(arm.hyp))  # as it was logged
+            records.refuse_other_values(f'hyperparameters of {arm.name}', entry['hyp'], hyp)
         facts = dict(self.data_facts)
         logged_facts = dict(logged['data'])
         facts.pop('name')  # the same data may lie elsewhere
         logged_facts.pop('name')
         records.refuse_other_values('the data', logged_facts, facts)
         self.flop = [entry['flop'] for entry in logged['arms']]
+        known = [(arm.name, arm.script.sha256, self.options['seed']) for arm in self.arms]
+        for run in records.read([folder]).runs:
+            if (run.arm, run.sha256, run.base_seed) not in known:
+                raise UserError(
+                    f'--resume: {folder} has runs of another experiment ({run.arm}, seed '
+                    f'{run.base_seed}): move them to another folder'
+                )
 
     # ------------------------------------ The log ------------------------------------
 
@@ -154,7 +163,7 @@ class Experiment:
 
     def continue_log(self):
         """Note in a log that its experiment goes on."""
-        records.drop_cut_lines(self.folder)
+        records.mend_last_lines(self.folder)
         content = records.read_experiment(self.folder)
         content['resumed'] = [*content.get('resumed', []), self.options['command']]
         content['options'] = self.kept_options()  # some may have been given again
@@ -218,7 +227,10 @@ class Experiment:
         if self.folder is None:
             return ''
         name = f'error-{self.job.rank}.txt'
-        records.write_file(self.folder, name, error.details.encode(errors='replace'))
+        try:
+            records.write_file(self.folder, name, error.details.encode(errors='replace'))
+        except UserError as problem:
+            return f'; {problem}'
         return f'; the traceback is in {os.path.join(self.folder, name)}'
 
     # ------------------------------------ Runs ------------------------------------

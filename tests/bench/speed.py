@@ -128,7 +128,11 @@ def kernels(step, device) -> list[list]:
         for _ in range(PROFILED_STEPS):
             step()
         wait(device)
-    events = sorted(profile.key_averages(), key=lambda event: -getattr(event, key))
+    events = profile.key_averages()
+    if device.type == 'cuda':  # operators and annotations have the time of their kernels, too
+        events = [event for event in events if event.device_type.name == 'CUDA']
+        events = [event for event in events if not event.is_user_annotation]
+    events = sorted(events, key=lambda event: -getattr(event, key))
     total = sum(getattr(event, key) for event in events) or 1
     rows = []
     for event in events[:KERNELS]:

@@ -102,15 +102,16 @@ class Worker:
 
     def receive(self, meanwhile: Callable | None) -> list:
         """Return the next message. Raises UserError where the process has ended."""
-        try:
-            while not self.connection.poll(POLL_SECONDS):
+        while True:
+            try:
+                if self.connection.poll(POLL_SECONDS):
+                    return json.loads(self.connection.recv_bytes())
                 if self.process.poll() is not None:
                     raise EOFError
-                if meanwhile is not None:
-                    meanwhile()
-            return json.loads(self.connection.recv_bytes())
-        except (EOFError, ConnectionError):
-            raise UserError(self.labelled(self.how_it_ended())) from None
+            except (EOFError, ConnectionError):
+                raise UserError(self.labelled(self.how_it_ended())) from None
+            if meanwhile is not None:
+                meanwhile()
 
     def how_it_ended(self) -> str:
         with contextlib.suppress(subprocess.TimeoutExpired):
@@ -233,7 +234,7 @@ class ArmProcess:
             message = one_line(describe(error, path))
             if command == 'prepare' and arguments[1]:
                 text = ''.join(traceback.format_exception_only(error))
-                message = f'it works without compile=true, which failed:\n{text.rstrip()}'
+                message = f'with compile=true it failed:\n{text.rstrip()}'
             return 'failed', [message, traceback.format_exc()]
         finally:
             for stream in (sys.stdout, sys.stderr):  # a script may have put others there,
