@@ -924,8 +924,8 @@ def train(
         seed: of weights, batches and augmentation. Seeds torch.
         hyp: hyperparameters, nested as in hyp at the top (default: that).
         device: where to train (default: where the data are).
-        net: to use again, perhaps compiled: what `make_net` returned for the same hyp. Its weights
-            are drawn anew.
+        net: a network to use again, perhaps compiled, that `make_net` made of the same hyp['net'].
+            Its weights are drawn anew.
         quiet: evaluate in the end only.
         on_epoch: called after each epoch with its row of the record, while no time is measured.
         step: what `compile_step` returned for net (default: train_step).
@@ -1123,7 +1123,7 @@ def print_machine(run: dict):
         words.append(f'CUDA {run["cuda"]}, driver {run["driver"]}')
         peak = f'peak memory {run["peak_bytes"] / 2**20:.0f} MiB'
         if run['compile']:
-            peak += ' and that of the CUDA graphs'
+            peak += ' without the CUDA graphs'
         words.append(peak)
     words.append(f'warm-up {duration(run["warmup_seconds"])}')
     print(', '.join(words))

@@ -174,15 +174,19 @@ def test_traceback_that_cannot_be_written_does_not_take_the_report(tmp_path):
     assert status == 1 and 'my bug' in err and 'cannot write' in err and 'Accuracy: with' in out
 
 
-def test_resume_refuses_a_log_with_runs_of_another_experiment(tmp_path):
+@pytest.mark.parametrize('other, seed', [('seed', 2), ('hyp', 1)])
+def test_resume_refuses_a_log_with_runs_of_another_experiment(other, seed, tmp_path):
     script = write_fake(tmp_path)
-    for seed in (1, 2):
-        tool('run', script, '--runs', 2, '--seed', seed, '--log-dir', tmp_path / str(seed))
-    first, second = (log_of(tmp_path / str(seed)) for seed in (1, 2))
+    same = ['--seed', 1]
+    others = {'1': same, 'seed': ['--seed', 2], 'hyp': [*same, '--hyp', 'opt.lr=9']}
+    for name, options in others.items():
+        log_dir = ['--log-dir', tmp_path / name]
+        tool('run', script, '--runs', 2, *log_dir, *options)
+    first, second = (log_of(tmp_path / name) for name in ('1', other))
     text = (first / 'runs.jsonl').read_text() + (second / 'runs.jsonl').read_text()
     (first / 'runs.jsonl').write_text(text)
     status, _, err = tool('run', '--resume', first, '--runs', 3)
-    assert status == 2 and 'has runs of another experiment (fake, seed 2)' in err
+    assert status == 2 and f'has runs of another experiment (fake, seed {seed})' in err
     assert (first / 'runs.jsonl').read_text() == text
 
 

@@ -13,7 +13,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from bench import compare, display, records, report
+from bench import compare, display, plot, records, report
 from bench.errors import UserError
 from bench.records import Run
 from bench_helpers import command, outcomes, result_of, tool, write_fake
@@ -187,8 +187,22 @@ def test_another_reference_of_a_sequential_experiment_is_noted(two_arms):
     assert 'do not allow for its looks' in joined(show(two_arms, reference='mine'))
     assert 'do not allow for its looks' not in joined(show(two_arms))
     assert show(two_arms, reference='base') == show(two_arms)
+    assert 'planned turns' not in show(two_arms, reference='mine')
     assert 'do not allow for its looks' in joined(show(two_arms / 'runs.jsonl'))
     assert 'do not allow for its looks' in joined(show(two_arms, two_arms))
+
+
+def test_the_figure_of_until_sure_shows_what_it_decided_on(two_arms, tmp_path, monkeypatch):
+    options = {'until_sure': 0.1, 'runs': 6, 'hyp': []}
+    content = {'schema': records.SCHEMA, 'options': options}
+    (two_arms / records.EXPERIMENT).write_text(json.dumps(content))
+    drawn = []
+    figure = plot.figure
+    monkeypatch.setattr(plot, 'figure', lambda *args: drawn.append(args) or figure(*args))
+    status, out, _ = tool('show', two_arms, '--plot', tmp_path / 'a.png')
+    judged = drawn[0][3]
+    assert status == 0 and list(judged) == ['mine']
+    assert report.points_text(judged['mine']) in joined(out)
 
 
 @pytest.mark.parametrize('key', ['"sha256": "', '"train": ', '"test_labels_crc32": '])
@@ -358,6 +372,7 @@ def test_arms_on_other_data_get_no_verdict(tmp_path):
     text = joined(show(write(tmp_path / 'a.jsonl', runs), margin=0.1))
     assert 'mine: no verdict, as its data are not shown to be those of base (n = 12 and 12)' in text
     assert 'worse' not in text and 'inferior' not in text and '-1.00 points' in text
+    assert 'p is adjusted' not in text
     assert 'not every run has a partner of the same turn, seed and data' in text
 
 

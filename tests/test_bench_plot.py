@@ -67,6 +67,7 @@ def test_an_arm_of_one_run_has_no_difference():
     arms = {'a': arm('a', 94), 'b': arm('b', 93, n=1), 'c': arm('c', 93)}
     (axes,) = plot.figure(arms, panels=['difference']).axes
     assert len(axes.texts) == 1
+    assert kinds(figure(arms['b'], arms['a'])) == [ACCURACY]
 
 
 def test_losses_that_are_not_finite_have_no_curves():
@@ -89,7 +90,11 @@ def test_panels_can_be_chosen():
 
 def test_a_panel_that_cannot_be_drawn_is_refused_with_the_reason():
     bare = arm('a', 94, flop=None)
-    for panel, reason in (('curves', 'no epochs'), ('difference', 'one arm'), ('cost', 'cost of')):
+    for panel, reason in (
+        ('curves', 'no epochs'),
+        ('difference', 'no two arms'),
+        ('cost', 'cost of'),
+    ):
         with pytest.raises(UserError, match=f'--panels {panel}: .*{reason}'):
             figure(bare, panels=[panel])
 

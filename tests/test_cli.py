@@ -365,7 +365,7 @@ def test_compile_without_a_compiler_keeps_pytorchs_traceback(short, tmp_path):
 
 
 # ---------------------------------------- Table ----------------------------------------
-@pytest.mark.parametrize('compiled, more', [(False, ''), (True, ' and that of the CUDA graphs')])
+@pytest.mark.parametrize('compiled, more', [(False, ''), (True, ' without the CUDA graphs')])
 def test_a_gpus_versions_and_memory_stand_below_the_table(compiled, more, baseline, capsys):
     run = {'device': 'NVIDIA H200', 'dtype': 'float16', 'torch': '2.11.0', 'cuda': '13.0'}
     run.update(driver='580.1', peak_bytes=2**30, warmup_seconds=14, compile=compiled)

@@ -234,8 +234,8 @@ def test_lrs_fall_linearly_and_the_whitening_bias_has_its_own_end(fast94, data, 
 
 
 @pytest.mark.parametrize('sizes', [[24], [16, 20, 24]])
-@pytest.mark.parametrize('whiten_bias_epochs', [0.2, 0.7, 1.0, 1.9])
-def test_the_warm_up_has_every_kind_of_step(sizes, whiten_bias_epochs, fast94, data, monkeypatch):
+@pytest.mark.parametrize('epochs, whitening', [(4.0, 0.2), (4.0, 1.0), (4.0, 1.9), (0.5, 0.2)])
+def test_the_warm_up_has_every_kind_of_step(sizes, epochs, whitening, fast94, data, monkeypatch):
     """A kind is an image size, with or without the whitening bias."""
     kinds = set()
 
@@ -244,8 +244,8 @@ def test_the_warm_up_has_every_kind_of_step(sizes, whiten_bias_epochs, fast94, d
         return torch.zeros(()), torch.zeros(len(images), 10)
 
     monkeypatch.setattr(fast94, 'train_step', train_step)
-    changes = {'train_epochs': 4.0, 'batch_size': 16}  # 16 steps an epoch
-    hyp = narrow_hyp(fast94, low_res_epochs=sizes, whiten_bias_epochs=whiten_bias_epochs, **changes)
+    changes = {'train_epochs': epochs, 'batch_size': 16}  # 16 steps an epoch
+    hyp = narrow_hyp(fast94, low_res_epochs=sizes, whiten_bias_epochs=whitening, **changes)
     fast94.warm_up(data, hyp, torch.device('cpu'))
     in_warm_up = set(kinds)
     kinds.clear()

@@ -72,7 +72,7 @@ class Comparison:
 
     @property
     def same_data(self) -> bool:
-        """Whether the logs show that all runs had the same data."""
+        """Whether all runs had the same data, as far as their logs tell."""
         return len({records.data_key(run) for run in [*self.sample, *self.reference]}) == 1
 
     @property

@@ -2,13 +2,14 @@
 
 A script is a Python file that is complete alone. It needs
 
-    hyp                    a dict of groups of hyperparameters: bool, int, float, str or list
+    hyp                    a dict of groups of hyperparameters: bool, int, float, str or list; its
+                           keys are text without dots
     load_data(data_dir, device)
                            {'train': split, 'test': split}; a split has images (uint8 [N, ...]),
                            labels (int64 [N]) and classes (a list)
     train(data, seed, hyp=..., device=..., quiet=..., on_epoch=...)
                            a run from scratch. Returns (record, net): record['tta_acc'] is the
-                           accuracy (0 to 1), record['clock_seconds'] the training time,
+                           accuracy (0 to 1), record['clock_seconds'] the training time (over 0),
                            record['epochs'] a list of rows with epoch, train_loss, train_acc,
                            test_acc (None if quiet), clock_seconds and eval_seconds.
                            on_epoch(row) is called after every epoch, while no time is measured

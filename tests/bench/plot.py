@@ -77,6 +77,16 @@ def panel_names(text: str) -> list[str]:
     return names
 
 
+def differences_of(arms: dict) -> dict[str, stats.Difference]:
+    """Return the difference of each arm with two runs or more from the first."""
+    (_, base), *others = arms.items()
+    found = {}
+    for name, runs in others:
+        if min(len(runs), len(base)) >= 2:
+            found[name] = compare(runs, base).difference()
+    return found
+
+
 def missing(panel: str, arms: dict[str, list[Run]]) -> str:
     """Return why a panel cannot be drawn; '' where it can."""
     every = [run for runs in arms.values() for run in runs]
@@ -84,8 +94,8 @@ def missing(panel: str, arms: dict[str, list[Run]]) -> str:
         return 'the logs have no epochs but the last'
     if panel == 'curves' and not curve_kinds(arms):
         return 'no loss is finite'
-    if panel == 'difference' and len(arms) < 2:
-        return 'there is one arm'
+    if panel == 'difference' and not differences_of(arms):
+        return 'there are no two arms with two runs each'
     if panel == 'cost' and not all(map(flop, arms.values())):
         return 'the cost of an arm is not known'
     return ''
@@ -205,16 +215,6 @@ def draw_accuracies(axes, arms: dict, looks: dict, target: float):
         axes.axvline(target, color='black', linestyle=':')
     axes.set_xlabel('TTA accuracy (%)')
     axes.set_title('Each run; mean, 95% interval')
-
-
-def differences_of(arms: dict) -> dict[str, stats.Difference]:
-    """Return the difference of each arm with two runs or more from the first."""
-    (_, base), *others = arms.items()
-    found = {}
-    for name, runs in others:
-        if min(len(runs), len(base)) >= 2:
-            found[name] = compare(runs, base).difference()
-    return found
 
 
 def draw_differences(axes, arms: dict, looks: dict, differences: dict):
@@ -368,8 +368,11 @@ def figure(
                 if panel == 'accuracy':
                     draw_accuracies(axes, arms, looks, target)
                 else:
-                    draw_differences(axes, arms, looks, judged or differences_of(arms))
-                    level = "--until-sure's interval" if judged else '95% interval'
+                    level = "--until-sure's interval"
+                    if judged is None:
+                        judged = differences_of(arms)
+                        level = '95% interval'
+                    draw_differences(axes, arms, looks, judged)
                     axes.set_title(f'Difference from {next(iter(arms))}; {level}')
                 finish_rows(axes, arms, named=axes is every[0])
         if 'cost' in panels:

@@ -95,8 +95,10 @@ def results_of(logs: list[str], given: dict) -> Results:
     arms = put_reference_first(arms, reference)
     common = common_lines(log.common, arms)
     until_sure = logged.get('until_sure')
+    planned = logged.get('runs', 0)
     if another_reference and until_sure:
         until_sure = None
+        planned = 0
         log.notes.append(
             'These arms were stopped by --until-sure with another reference: '
             'p and intervals do not allow for its looks'
@@ -106,7 +108,7 @@ def results_of(logs: list[str], given: dict) -> Results:
         target=given.get('target', logged.get('target', TARGET)),
         margin=given.get('margin', logged.get('margin')),
         until_sure=until_sure,
-        planned=logged.get('runs', 0),
+        planned=planned,
         searched=bool(logged.get('sweep')),
         with_times=not given.get('no_time'),
         common=common,
@@ -176,7 +178,7 @@ def points_text(difference: stats.Estimate) -> str:
 
 
 def p_text(p: float) -> str:
-    """Return 'p < 0.001' or 'p = 0.031'; near 0.05 four digits, so that it shows the side."""
+    """Return 'p < 0.001' or 'p = 0.031'; near 0.05 with four digits."""
     if p < 0.001:
         return 'p < 0.001'
     digits = 4 if abs(p - stats.ALPHA) < 0.0005 else 3
@@ -306,7 +308,7 @@ class Judged:
 
 
 def verdict(name: str, results: Results, comparison: Comparison, p: float) -> str:
-    """Return a sentence: better, worse, or no difference shown."""
+    """Return a sentence: better, worse, no difference shown, or no verdict."""
     reference = whole(results.reference)
     value = comparison.difference().value
     if not comparison.same_data:
@@ -340,14 +342,13 @@ def sequential_verdict(name: str, results: Results, decision: stats.Decision) ->
 
 def judge(results: Results, compared: dict[str, Comparison]) -> list[Judged]:
     """Return the verdicts of fixed numbers of runs."""
-    differences = [comparison.difference() for comparison in compared.values()]
-    adjusted = stats.holm([difference.p for difference in differences])
+    names = [name for name, comparison in compared.items() if comparison.same_data]
+    adjusted = stats.holm([compared[name].difference().p for name in names])
+    p_values = dict(zip(names, adjusted, strict=True))
     judged = []
-    for (name, comparison), difference, p in zip(
-        compared.items(), differences, adjusted, strict=True
-    ):
-        sentence = verdict(name, results, comparison, p)
-        judged.append(Judged(name, comparison, difference, sentence))
+    for name, comparison in compared.items():
+        sentence = verdict(name, results, comparison, p_values.get(name, math.nan))
+        judged.append(Judged(name, comparison, comparison.difference(), sentence))
     return judged
 
 
@@ -446,7 +447,7 @@ def comparison_lines(results: Results, width: int) -> list[str]:
 
 def method_lines(results: Results, judged: list[Judged]) -> list[str]:
     """Return how the sentences came about."""
-    number = len(judged)
+    number = sum(one.comparison.same_data for one in judged)
     if results.until_sure:
         looks, p = stats.sequential_plan(results.planned, len(results.arms) - 1)
         every = ', '.join(map(str, looks))

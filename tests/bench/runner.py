@@ -125,9 +125,13 @@ class Experiment:
         logged_facts.pop('name')
         records.refuse_other_values('the data', logged_facts, facts)
         self.flop = [entry['flop'] for entry in logged['arms']]
-        known = [(arm.name, arm.script.sha256, self.options['seed']) for arm in self.arms]
+        known = []
+        for entry in logged['arms']:
+            known.append((entry['name'], entry['sha256'], entry['hyp'], entry['compile']))
+        seed = self.options['seed']
         for run in records.read([folder]).runs:
-            if (run.arm, run.sha256, run.base_seed) not in known:
+            arm = (run.arm, run.sha256, run.hyp, run.compile)
+            if arm not in known or run.base_seed != seed:
                 raise UserError(
                     f'--resume: {folder} has runs of another experiment ({run.arm}, seed '
                     f'{run.base_seed}): move them to another folder'

@@ -1065,8 +1065,8 @@ def train(
         seed: of weights, batches and augmentation. Seeds torch.
         hyp: hyperparameters, nested as in hyp at the top (default: that).
         device: where to train (default: where the data are).
-        net: to use again, perhaps compiled: what `make_net` returned for the same hyp. Its weights
-            are drawn anew.
+        net: a network to use again, perhaps compiled, that `make_net` made of the same hyp['net'].
+            Its weights are drawn anew.
         quiet: evaluate in the end only.
         on_epoch: called after each epoch with its row of the record, while no time is measured.
         step: what `compile_step` returned for net (default: train_step).
@@ -1266,7 +1266,7 @@ def print_machine(run: dict):
         words.append(f'CUDA {run["cuda"]}, driver {run["driver"]}')
         peak = f'peak memory {run["peak_bytes"] / 2**20:.0f} MiB'
         if run['compile']:
-            peak += ' and that of the CUDA graphs'
+            peak += ' without the CUDA graphs'
         words.append(peak)
     words.append(f'warm-up {duration(run["warmup_seconds"])}')
     print(', '.join(words))
@@ -1405,11 +1405,12 @@ def warm_up(data: dict, hyp: dict, device: torch.device, net=None, step=None):
     """Make short runs, so that no kernel is chosen or compiled in a timed one.
 
     They train on two batches, so that an epoch is two steps: the whitening bias may be frozen
-    within the first epoch. They evaluate all test images, so that the smaller last batch occurs.
+    within an epoch. They evaluate all test images, so that the smaller last batch occurs.
     On a CPU without --compile nothing depends on the shapes, and less is enough.
     """
     hyp = copy.deepcopy(hyp)
     opt = hyp['opt']
+    opt['train_epochs'] = math.ceil(opt['train_epochs'])
     if opt['whiten_bias_epochs'] % 1:  # freeze it in the second of two steps, as both kinds occur
         opt['whiten_bias_epochs'] = math.floor(opt['whiten_bias_epochs']) + 0.5
     n_test = len(data['test']['labels'])
