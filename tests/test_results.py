@@ -43,6 +43,7 @@ LOST = '@2db97c8'  # the logs that this commit still has
 def figures_in(text: str) -> list[str]:
     """All figures with an interval in a text."""
     plain = ' '.join(text.replace(' points', '').replace('*', '').split())
+    plain = re.sub(rf'( to {NUMBER});[^)]*\)', r'\1)', plain)  # '(-0.06 to +0.11; n = 25)'
     return [found for pattern in FIGURES for found in pattern.findall(plain)]
 
 
@@ -218,9 +219,8 @@ def test_a_readme_shows_what_the_log_says(command, lines, monkeypatch):
 
 
 def test_the_figures_that_this_file_looks_for():
-    text = (
-        'a -0.52 points\n(-0.73 to -0.32), x 0.650 (0.636 to 0.665), 93.66 +- 0.06 %, 1.1 +- 0.2 s'
-    )
+    text = 'a -0.52 points\n(-0.73 to -0.32; n = 6), x 0.650 (0.636 to 0.665), '
+    text += '93.66 +- 0.06 %, 1.1 +- 0.2 s'
     assert len(figures_in(text)) == 4
     loss = difference_texts(report.stats.Difference(-1.07, -1.17, -0.96, math.nan))
     assert '1.07 (0.96 to 1.17)' in loss and '-1.07 (-1.17 to -0.96)' in loss
