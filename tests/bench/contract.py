@@ -238,8 +238,9 @@ def check_contract(module: ModuleType, path: str):
         raise UserError(f'{path} does not keep the contract of tests/bench: it lacks {names}')
     if not isinstance(module.hyp, dict):
         raise UserError(f'{path}: hyp of type {type(module.hyp).__name__}; it must be a dict')
-    for key in odd_keys(module.hyp):
-        raise UserError(f'{path}: the key {key!r} of hyp must be text without a dot')
+    odd = odd_keys(module.hyp)
+    if odd:
+        raise UserError(f'{path}: the key {odd[0]!r} of hyp must be text without a dot')
     for key, value in records.flat(module.hyp).items():
         if not isinstance(value, LEAVES):
             kind = type(value).__name__
